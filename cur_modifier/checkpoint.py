@@ -1,0 +1,221 @@
+"""Saving a factored model: `config.json` says what is factored, and the directory appears whole.
+
+Three routes lead back from a checkpoint. With the plugin imported, ``from_pretrained`` finds the
+quantizer ``cur``. Without it, ``trust_remote_code=True`` finds the same quantizer in the files that
+are shipped beside the weights. With neither, transformers only *warns* about an unknown quantizer
+and would fill the missing weights with noise; so `config.json` also names, as
+``transformers_weights``, a weights file that does not exist and whose name is the remedy. Our
+quantizer takes that entry away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cur_modifier.factored import FactoredLinear
+from cur_modifier.layout import QUANT_METHOD, Layout, ModuleLayout
+
+__all__ = ["annotate", "layout_of", "wrap_save_pretrained"]
+
+TRIPWIRE = "this-checkpoint-needs-import-cur_modifier-or-trust_remote_code.safetensors"
+REMOTE_MODULE = "modeling_cur"
+# Modules shipped with the checkpoint, under flat names, in place of an installed plugin.
+_SHIPPED = {
+    "cur_layout": "layout.py",
+    "cur_factored": "factored.py",
+    "cur_quantizer": "transformers/quantizer.py",
+}
+_MODELING = '''"""Loads this factored checkpoint where cur_modifier is not installed."""
+
+from {module} import {name} as _Base
+
+from .cur_quantizer import register
+
+register()
+
+
+class {name}(_Base):
+    """{name} whose factored layers are rebuilt by the quantizer registered above."""
+'''
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of the factored modules in ``model``.
+
+    Raises:
+        ValueError: factors that are not fitted yet, as after an interrupted oneshot.
+    """
+    modules = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, FactoredLinear):
+            continue
+        if module.dense is not None:
+            raise ValueError(
+                f"{name} has no fitted factors yet: the compression did not finish. Run oneshot to "
+                "its end before saving."
+            )
+        modules[name] = ModuleLayout(
+            form=module.form,
+            rank=module.rank,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            bias=module.effective_bias() is not None,
+        )
+    return Layout(producer=_producer(), modules=modules)
+
+
+def annotate(directory: Path, layout: Layout, model_class: type) -> None:
+    """Describe the factors in ``directory/config.json`` and ship the code that reads them.
+
+    A compressed-tensors section moves inside ours, untouched.
+    """
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    section = config.get("quantization_config") or {}
+    inner = (
+        section.get("compressed_tensors")
+        if section.get("quant_method") == QUANT_METHOD
+        else section
+    )
+    layout = layout.model_copy(update={"compressed_tensors": inner or None})
+    config["quantization_config"] = layout.write()
+    config["transformers_weights"] = TRIPWIRE
+    if model_class.__module__.startswith("transformers.models."):
+        auto_class = "AutoModelForCausalLM"
+        config["auto_map"] = {auto_class: f"{REMOTE_MODULE}.{model_class.__name__}"}
+        for name, text in _remote_code(model_class).items():
+            (directory / f"{name}.py").write_text(text)
+    _write_json(path, config)
+
+
+def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = None) -> None:
+    """Make ``model.save_pretrained`` write a factored checkpoint, all of it or nothing.
+
+    The files are written to a hidden sibling directory, which takes the place of ``save_directory``
+    when complete. Files of an earlier save that the new one does not write (a tokenizer's) are
+    kept.
+
+    Args:
+        files: text files to put beside the weights, by name.
+    """
+    inner: Any = model.save_pretrained
+    if getattr(inner, "_cur_wrapped", False):
+        return
+    by_compressor = getattr(inner, "_overridden", False)  # llm-compressor packs what it saves
+
+    @wraps(inner)
+    def save_pretrained(save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "push_to_hub=True would upload the files before they are complete. Save to a "
+                "directory, then run `hf upload <repository> <directory>`."
+            )
+        layout = layout_of(model)
+        if not by_compressor:
+            _pack(model)
+        target = Path(save_directory).absolute()
+        if target.is_file():
+            raise ValueError(f"{target} is a file; give save_pretrained a directory.")
+        partial = target.with_name(f".{target.name}.incomplete")
+        source = _is_source()
+        if source and partial.exists():
+            shutil.rmtree(partial)
+        try:
+            inner(str(partial), **kwargs)
+            if source:
+                annotate(partial, layout, _plain_class(model))
+                for name, text in (files or {}).items():
+                    (partial / name).write_text(text)
+                _replace_directory(partial, target)
+        finally:
+            if source:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    save_pretrained._cur_wrapped = True  # type: ignore[attr-defined]
+    model.save_pretrained = save_pretrained  # type: ignore[assignment]
+
+
+def _replace_directory(new: Path, target: Path) -> None:
+    """Put ``new`` in the place of ``target``. What stood there is never lost before it is "
+    "replaced."""
+    if not target.exists():
+        os.rename(new, target)
+        return
+    for entry in target.iterdir():
+        stale = entry.name.endswith((".safetensors", ".safetensors.index.json", ".bin"))
+        if stale or (new / entry.name).exists():
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+    previous = target.with_name(f".{target.name}.previous")
+    if previous.exists():
+        shutil.rmtree(previous)
+    os.rename(target, previous)
+    os.rename(new, target)
+    shutil.rmtree(previous)
+
+
+def _pack(model: nn.Module) -> None:
+    """Pack quantized factors that a forward pass has unpacked, as their saved config says they "
+    "are."""
+    if not any(getattr(m, "quantization_scheme", None) is not None for m in model.modules()):
+        return
+    from compressed_tensors.compressors import ModelCompressor
+
+    ModelCompressor.from_pretrained_model(model).compress_model(model, skip_compressed=True)
+
+
+def _remote_code(model_class: type) -> dict[str, str]:
+    """Text of the shipped modules by name: our own sources, importing one another relatively."""
+    package = Path(__file__).parent
+    shipped = {}
+    for name, source in _SHIPPED.items():
+        text = (package / source).read_text()
+        text = re.sub(r"^if TYPE_CHECKING:\n(?:    .*\n|\n)+", "", text, flags=re.M)
+        for other in _SHIPPED:
+            text = text.replace(
+                f"from cur_modifier.{other.removeprefix('cur_')} ", f"from .{other} "
+            )
+        shipped[name] = text
+    shipped[REMOTE_MODULE] = _MODELING.format(
+        module=model_class.__module__, name=model_class.__name__
+    )
+    return shipped
+
+
+def _plain_class(model: nn.Module) -> type:
+    """The class that transformers itself ships, below a remote-code subclass of the same name."""
+    return next(
+        (c for c in type(model).__mro__ if c.__module__.startswith("transformers.models.")),
+        type(model),
+    )
+
+
+def _is_source() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _producer() -> str:
+    try:
+        return f"cur_modifier {version('cur-modifier')}"
+    except PackageNotFoundError:
+        return "cur_modifier"
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,125 @@
+"""Text files, JSON lines and hub data sets as calibration data and as evaluation windows.
+
+``oneshot`` takes a ``datasets.Dataset``; what users have is a file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["calibration_dataset", "read_documents", "token_windows"]
+
+_TEXT = {".txt", ".raw", ".md", ".text"}
+_LINES = {".jsonl", ".ndjson"}
+
+
+def read_documents(source: str | Path, *, column: str = "text", split: str = "train") -> list[str]:
+    """The documents of a text file, a JSON-lines file (either may be gzipped), a folder of such, or
+    a data set on the Hugging Face hub.
+
+    A text file is one document, its lines as they are. A JSON line is one, in field ``column``.
+
+    Raises:
+        FileNotFoundError: neither a file, a folder, nor the form of a hub name.
+        ValueError: no text in it; a line that is not JSON or lacks the column, with its number.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if _kind(p) is not None)
+        documents = [doc for file in files for doc in _read_file(file, column)]
+    elif path.is_file():
+        documents = _read_file(path, column)
+    elif path.is_absolute() or path.suffix or str(source).count("/") > 1:
+        raise FileNotFoundError(
+            f"no file or folder {str(source)!r}. Give a .txt or .jsonl file, a folder of them, or "
+            "the name of a data set on the hub."
+        )
+    else:
+        from datasets import load_dataset
+
+        documents = load_dataset(str(source), split=split)[column]
+    documents = [doc for doc in documents if doc.strip()]
+    if not documents:
+        raise ValueError(
+            f"{str(source)!r} holds no text (files {sorted(_TEXT | _LINES)}, gzipped or not)."
+        )
+    return documents
+
+
+def token_windows(
+    documents: Sequence[str], tokenizer: Any, *, windows: int | None, sequence_length: int
+) -> torch.Tensor:
+    """``(windows, sequence_length)`` token ids: the documents joined and cut without overlap.
+
+    Args:
+        windows: how many, from the start; None takes all that fill up.
+
+    Raises:
+        ValueError: the text is too short, with the tokens needed and found.
+    """
+    ids = tokenizer("\n\n".join(documents), return_tensors="pt", verbose=False).input_ids[0]
+    full = len(ids) // sequence_length
+    wanted = full if windows is None else windows
+    if wanted < 1 or wanted > full:
+        need = max(wanted, 1) * sequence_length
+        raise ValueError(
+            f"the text has {len(ids)} tokens, but {max(wanted, 1)} windows of {sequence_length} "
+            f"need {need}. Give more text, fewer windows or shorter ones."
+        )
+    return ids[: wanted * sequence_length].view(wanted, sequence_length)
+
+
+def calibration_dataset(
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    samples: int = 64,
+    sequence_length: int = 1024,
+    column: str = "text",
+    split: str = "train",
+) -> Dataset:
+    """A tokenized ``Dataset`` of ``samples`` windows, ready for ``oneshot(dataset=...)``.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_documents` and :func:`token_windows`.
+    """
+    from datasets import Dataset
+
+    documents = read_documents(source, column=column, split=split)
+    ids = token_windows(documents, tokenizer, windows=samples, sequence_length=sequence_length)
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    )
+
+
+def _kind(path: Path) -> str | None:
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    return "text" if suffix in _TEXT else "lines" if suffix in _LINES else None
+
+
+def _read_file(path: Path, column: str) -> list[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", newline="") as file:
+        if _kind(path) != "lines":
+            return [file.read()]
+        documents = []
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                documents.append(json.loads(line)[column])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object with the field {column!r} "
+                    f"({error})."
+                ) from None
+        return documents

@@ -1,0 +1,66 @@
+"""Linear algebra of structured compression: tensors in, tensors out, no ``torch.nn``."""
+
+from cur_modifier.linalg.compact import compact
+from cur_modifier.linalg.decomposition import cur, interpolative, low_rank
+from cur_modifier.linalg.forms import CUR, LowRank, RowID
+from cur_modifier.linalg.gram import GramAccumulator, apply_gram, gram_norm, gram_sqrt
+from cur_modifier.linalg.rank import (
+    Form,
+    break_even_rank,
+    dense_parameters,
+    energy_rank,
+    ratio_rank,
+    round_rank_down,
+    round_rank_up,
+    stored_parameters,
+)
+from cur_modifier.linalg.scores import Score, score
+from cur_modifier.linalg.selection import (
+    Selection,
+    deim,
+    leverage_sampled,
+    leverage_scores,
+    leverage_top,
+    norm,
+    qdeim,
+    random,
+    select_rows_and_columns,
+)
+from cur_modifier.linalg.subspace import Subspace, leading_subspace, lstsq, singular_values
+
+__all__ = [
+    "CUR",
+    "Form",
+    "GramAccumulator",
+    "LowRank",
+    "RowID",
+    "Score",
+    "Selection",
+    "Subspace",
+    "apply_gram",
+    "break_even_rank",
+    "compact",
+    "cur",
+    "deim",
+    "dense_parameters",
+    "energy_rank",
+    "gram_norm",
+    "gram_sqrt",
+    "interpolative",
+    "leading_subspace",
+    "leverage_sampled",
+    "leverage_scores",
+    "leverage_top",
+    "low_rank",
+    "lstsq",
+    "norm",
+    "qdeim",
+    "random",
+    "ratio_rank",
+    "round_rank_down",
+    "round_rank_up",
+    "score",
+    "select_rows_and_columns",
+    "singular_values",
+    "stored_parameters",
+]

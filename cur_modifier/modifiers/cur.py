@@ -1,0 +1,466 @@
+"""``CURModifier``: the stage of a recipe."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+import yaml
+from compressed_tensors.offload import set_onload_device, update_offload_parameter
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.utils.dev import get_main_device
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_serializer, model_validator
+from torch import nn
+
+from cur_modifier.checkpoint import wrap_save_pretrained
+from cur_modifier.factored import FactoredLinear
+from cur_modifier.linalg import (
+    Form,
+    GramAccumulator,
+    Score,
+    Selection,
+    dense_parameters,
+    energy_rank,
+    stored_parameters,
+)
+from cur_modifier.modifiers import upstream
+from cur_modifier.modifiers.config import Fit, LayersConfig, RankConfig
+from cur_modifier.modifiers.factorize import (
+    Recipe,
+    factorize,
+    fitted_gram,
+    relative_error,
+    weighted_spectrum,
+)
+from cur_modifier.modifiers.layers import (
+    candidate_layers,
+    choose_layers,
+    decoder_layers,
+    survey,
+)
+from cur_modifier.modifiers.plan import (
+    Candidate,
+    check_followers,
+    check_weights,
+    find_candidates,
+    with_ranks,
+)
+from cur_modifier.modifiers.report import (
+    ModuleRecord,
+    Totals,
+    format_table,
+    parameter_bytes,
+    parameter_count,
+    summarize,
+)
+from cur_modifier.tracking import Tracker, start_tracking
+from cur_modifier.tracking.figures import layer_distances, rank_map, spectra
+
+__all__ = ["CURModifier"]
+
+# A spectrum costs an eigvalsh of the short side; above this only an accelerator does it in passing.
+SPECTRUM_SIDE = 2048
+
+
+class CURModifier(Modifier):
+    """Replaces Linear layers by CUR or interpolative factors, guided by activations.
+
+    Defaults are those of CURing (Park and Moon 2025): q, k and gate projections of the ten layers
+    that turn the hidden state least, rows and columns by DEIM on WANDA scores, the largest rank
+    that still saves parameters but at most 256. The core ``U`` is fitted to the activations;
+    ``fit: weight`` gives the paper's ``C⁺ W R⁺``.
+
+    Sample yaml:
+
+    ```yaml
+    compress_stage:
+      cur_modifiers:
+        CURModifier:
+          targets: ["re:.*(q|k|v|o|gate|up|down)_proj$"]
+          form: id
+          rank: {ratio: 0.8}
+          multiple_of: 64
+          layers: {select: all}
+      quantization_modifiers:
+        GPTQModifier: {scheme: W4A16, targets: [Linear], ignore: [lm_head]}
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - check the whole stage against model, data and later stages
+        - survey the dense model, where layers or ranks are chosen by data
+        - swap factored modules in; they answer with their dense weight until fitted, so that later
+          stages attach to the factors at once
+    - on_calibration_start
+        - register Gram hooks
+    - on_sequential_epoch_end
+        - fit the factors of the finished layer; the next layers see its compressed output
+    - on_calibration_end
+        - remove hooks
+    - on_finalize
+        - report, with the losses of later stages; close the MLflow run
+
+    :param targets: Linears inside the decoder layers to factor, by class name, module name, or
+        regular expression behind ``re:``
+    :param ignore: modules to leave dense although a target matches
+    :param form: ``cur`` (real rows and columns) or ``id`` (row interpolative decomposition)
+    :param scores: what a row or column is worth to the selection; ``wanda`` for CUR
+    :param selection: how rows and columns are picked; ``deim`` for CUR. A row ID without a
+        selection is the compact form of the optimal approximation
+    :param fit: norm in which the free factors are fitted
+    :param rank: how the rank is chosen, see ``RankConfig``
+    :param layers: which decoder layers, see ``LayersConfig``
+    :param multiple_of: every rank is a multiple of this. The rank is the number of inputs of the
+        second factor: a later stage's group size must divide it
+    :param seed: of every random choice
+    :param mlflow: log the run to MLflow where it is installed
+    """
+
+    targets: list[str] = Field(
+        default_factory=lambda: ["re:.*q_proj$", "re:.*k_proj$", "re:.*gate_proj$"], min_length=1
+    )
+    ignore: list[str] = Field(default_factory=list)
+    form: Form = Form.CUR
+    scores: Score | None = None
+    selection: Selection | None = None
+    fit: Fit = Fit.GRAM
+    rank: RankConfig = Field(default_factory=lambda: RankConfig(max=256))
+    layers: LayersConfig = Field(default_factory=LayersConfig)
+    multiple_of: int = Field(default=1, ge=1)
+    seed: int = 0
+    mlflow: bool = True
+
+    _pending: dict[nn.Module, Candidate] = PrivateAttr(default_factory=dict)
+    _records: dict[str, ModuleRecord] = PrivateAttr(default_factory=dict)
+    _grams: dict[nn.Module, GramAccumulator] = PrivateAttr(default_factory=dict)
+    _latest: tuple[torch.Tensor, GramAccumulator] | None = PrivateAttr(default=None)
+    _spectra: dict[str, tuple[list[float], int]] = PrivateAttr(default_factory=dict)
+    _distances: list[float] | None = PrivateAttr(default=None)
+    _tracker: Tracker | None = PrivateAttr(default=None)
+    _losses: upstream.FollowerLosses | None = PrivateAttr(default=None)
+    _parameters_before: int = PrivateAttr(default=0)
+    _bytes_before: int = PrivateAttr(default=0)
+    _seconds: float = PrivateAttr(default=0.0)
+    _complete: bool = PrivateAttr(default=False)
+
+    @field_serializer("form", "scores", "selection", "fit")
+    def _plain(self, value: str | None) -> str | None:
+        # llm-compressor dumps recipes with python tags for enums, which then do not load.
+        return None if value is None else str(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.form is Form.ID and self.selection is None and self.scores is not None:
+            raise ValueError(
+                f"scores '{self.scores}' guide a selection, and form 'id' without one takes the "
+                "optimal approximation. Give `selection` as well (e.g. qdeim), or drop `scores`."
+            )
+        self.requires_calibration_data = self.recipe.needs_activations
+        return self
+
+    @property
+    def recipe(self) -> Recipe:
+        """The choices with their defaults by form."""
+        scores, selection = self.scores, self.selection
+        if self.form is Form.CUR:
+            selection = selection or Selection.DEIM
+        if selection is not None:
+            scores = scores or Score.WANDA
+        return Recipe(form=self.form, scores=scores, selection=selection, fit=self.fit)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check everything, choose layers and ranks, and swap the factored modules in."""
+        model = state.model
+        layers = decoder_layers(model)
+        candidates = find_candidates(
+            model,
+            layers,
+            candidate_layers(self.layers, len(layers)),
+            self.targets,
+            self.ignore,
+        )
+        planned = with_ranks(candidates, self.form, self.rank, self.multiple_of)
+        self._check_data(state.data.calib)
+        check_weights(planned)
+        check_followers(model, self, planned, self.form, self.multiple_of)
+
+        self._parameters_before = parameter_count(model)
+        self._bytes_before = parameter_bytes(model)
+        self._tracker = start_tracking(enabled=self.mlflow, run_name=f"cur-{type(model).__name__}")
+        self._losses = upstream.FollowerLosses()
+        with self._failing_run():
+            recipe = upstream.recipe_as_given()
+            self._tracker.log_params(recipe)
+            recipe_text = yaml.safe_dump(recipe, sort_keys=False)
+            self._tracker.log_text(recipe_text, "recipe.yaml")
+            planned = self._choose(model, layers, planned, state.data.calib)
+            for candidate in planned:
+                self._swap(model, candidate)
+            wrap_save_pretrained(model, {"recipe_as_given.yaml": recipe_text})
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Register the Gram hooks.
+
+        Raises:
+            ValueError: another stage shares this calibration pass.
+        """
+        with self._failing_run():
+            sharing = [m for m in upstream.modifiers_of_this_pass() if m is not self]
+            if sharing:
+                names = [type(m).__name__ for m in sharing]
+                raise ValueError(
+                    f"CURModifier shares its calibration pass with {names}, which would calibrate "
+                    "on factors that are not fitted yet. Call oneshot with its default "
+                    "`pipeline='independent'`."
+                )
+            for container in self._pending:
+                assert isinstance(container, FactoredLinear)
+                if torch.accelerator.is_available() and container.dense is not None:
+                    set_onload_device(container.dense, get_main_device())
+                if self.recipe.needs_activations:
+                    self.register_hook(container, self._observe, "forward_pre")  # type: ignore[arg-type]
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
+    ) -> None:
+        """Fit the factors of the modules that have seen all of their data."""
+        with self._failing_run(), torch.no_grad():
+            self._latest = None
+            finished = [module for module in modules if module in self._pending]
+            for container in finished:
+                assert isinstance(container, FactoredLinear)
+                self._fit(container, self._pending[container])
+                del self._pending[container]
+                self._grams.pop(container, None)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Remove the hooks.
+
+        Raises:
+            ValueError: a module was never reached by the calibration.
+        """
+        self.remove_hooks()
+        with self._failing_run():
+            if self._pending:
+                names = [candidate.name for candidate in self._pending.values()]
+                raise ValueError(
+                    f"the calibration never ran {names[:6]}, so they have no factors. Put them on "
+                    "`ignore`, or calibrate with inputs that reach them."
+                )
+        self._complete = True
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Report and close the run; also called by upstream for a stage that never finished."""
+        tracker, self._tracker = self._tracker, None
+        if self._losses is not None:
+            self._losses.close()
+            self._collect_losses(self._losses.by_module)
+        if tracker is None:
+            return True
+        if not self._complete:
+            tracker.finish(error="the compression was interrupted before every module was factored")
+            return True
+        records = list(self._records.values())
+        totals = summarize(records, self._parameters_before, self._seconds)
+        table = format_table(records, totals)
+        logger.info(f"CURModifier\n{table}")
+        self._log_results(tracker, state.model, totals, table)
+        tracker.finish()
+        if tracker.run_id is not None:
+            logger.info(f"MLflow run {tracker.run_id}: see it with `mlflow ui`")
+        return True
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def _check_data(self, batches: Any) -> None:
+        reasons = []
+        if self.recipe.needs_activations:
+            reasons.append(f"scores '{self.recipe.scores}' with fit '{self.fit}'")
+        if self.layers.select == "angular":
+            reasons.append("layers selected by angular distance")
+        if self.rank.energy is not None and self.fit.needs_activations:
+            reasons.append("a rank by energy")
+        if reasons and batches is None:
+            raise ValueError(
+                f"no calibration data, but {', '.join(reasons)} need it. Pass `dataset=` to "
+                "oneshot, or set `scores: weight`, `fit: weight` and `layers: {select: all}`."
+            )
+
+    def _choose(
+        self,
+        model: nn.Module,
+        layers: list[tuple[str, nn.Module]],
+        planned: list[Candidate],
+        batches: Any,
+    ) -> list[Candidate]:
+        by_energy = self.rank.energy is not None
+        squares: dict[str, torch.Tensor] = {}
+        if self.layers.select == "angular" or (by_energy and self.fit.needs_activations):
+            watched = {c.name: c.linear for c in planned} if by_energy else {}
+            self._distances, squares = survey(model, batches, [m for _, m in layers], watched)
+        chosen = choose_layers(self.layers, len(layers), self.seed, self._distances)
+        planned = [c for c in planned if c.layer in chosen]
+        if self.rank.energy is not None:
+            energies = {
+                c.name: energy_rank(
+                    weighted_spectrum(c.linear.weight, squares.get(c.name)), self.rank.energy
+                )
+                for c in planned
+            }
+            planned = with_ranks(planned, self.form, self.rank, self.multiple_of, energies)
+        logger.info(f"CURModifier factors {len(planned)} modules in layers {chosen}")
+        if self._distances is not None and self._tracker is not None:
+            self._tracker.log_figure(
+                layer_distances(self._distances, chosen), "layer_distances.png"
+            )
+            for index, distance in enumerate(self._distances):
+                self._tracker.log_metrics({"angular_distance": distance}, step=index)
+        return planned
+
+    def _swap(self, model: nn.Module, candidate: Candidate) -> None:
+        m, n = candidate.shape
+        record = ModuleRecord(
+            name=candidate.name,
+            layer=candidate.layer,
+            form=str(self.form),
+            out_features=m,
+            in_features=n,
+            parameters_before=dense_parameters(m, n, bias=candidate.bias),
+        )
+        self._records[candidate.name] = record
+        if candidate.rank is None:
+            logger.warning(
+                f"{candidate.name} stays dense: the rank that holds energy {self.rank.energy} "
+                f"would store no less than its {record.parameters_before} parameters"
+            )
+            return
+        record.rank = candidate.rank
+        record.parameters_after = stored_parameters(
+            self.form, m, n, candidate.rank, bias=candidate.bias
+        )
+        container = candidate.skeleton(self.form)
+        container.stand_in(candidate.linear)
+        container.train(candidate.linear.training)
+        parent, _, child = candidate.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, container)
+        self._pending[container] = candidate
+
+    def _observe(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0]
+        own = self._grams.get(module)
+        if self._latest is not None and self._latest[0] is x and own in (None, self._latest[1]):
+            # q, k and v read one tensor: one Gram matrix serves all three.
+            self._grams[module] = self._latest[1]
+            return
+        if own is None:
+            own = self._grams[module] = GramAccumulator(x.shape[-1], device=x.device)
+        own.update(x)
+        self._latest = (x, own)
+
+    def _fit(self, container: FactoredLinear, candidate: Candidate) -> None:
+        started = time.perf_counter()
+        dense = container.dense
+        assert dense is not None and candidate.rank is not None
+        record = self._records[candidate.name]
+        W = dense.weight.detach()
+        seed = self.seed ^ zlib.crc32(candidate.name.encode())
+        second_moment = None
+        try:
+            if self.recipe.needs_activations:
+                accumulator = self._grams.get(container)
+                if accumulator is None:
+                    raise ValueError(
+                        "no token reached this module. Calibrate with inputs that reach it, or put "
+                        "it on `ignore`"
+                    )
+                second_moment = accumulator.second_moment()
+                W = W.to(second_moment.device)
+                record.tokens = accumulator.tokens
+            factors = factorize(self.recipe, W, second_moment, candidate.rank, seed)
+        except ValueError as error:
+            raise ValueError(f"{candidate.name}: {error}") from error
+        bias = None if dense.bias is None else dense.bias.detach()
+        container.load_factors(factors, bias, write=update_offload_parameter)
+        gram = fitted_gram(self.fit, second_moment)
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        record.relative_error = relative_error(W, container.dense_weight().to(W), gram)
+        record.max_factor_entry = max(
+            float(factor.weight.detach().abs().max()) for factor in container.factors.values()
+        )
+        record.seconds = time.perf_counter() - started
+        self._seconds += record.seconds
+        self._track_fit(candidate, record, W, second_moment)
+
+    def _track_fit(
+        self,
+        candidate: Candidate,
+        record: ModuleRecord,
+        W: torch.Tensor,
+        second_moment: torch.Tensor | None,
+    ) -> None:
+        assert record.rank is not None
+        logger.info(
+            f"{candidate.name}: {record.out_features}x{record.in_features} as {record.form} of "
+            f"rank {record.rank}, relative error {record.relative_error:.4f}, {record.seconds:.2f} "
+            "s"
+        )
+        if self._tracker is None or self._tracker.run_id is None:
+            return
+        done = sum(r.seconds is not None for r in self._records.values())
+        assert record.relative_error is not None and record.seconds is not None
+        self._tracker.log_metrics(
+            {"relative_error": record.relative_error, "module_seconds": record.seconds}, step=done
+        )
+        if min(W.shape) <= SPECTRUM_SIDE or W.device.type != "cpu":
+            squares = second_moment.diagonal() if second_moment is not None else None
+            values = weighted_spectrum(W, squares).tolist()
+            self._spectra[candidate.name] = (values, record.rank)
+
+    def _collect_losses(self, by_module: dict[str, float]) -> None:
+        for name, loss in by_module.items():
+            owner, _, factor = name.removesuffix(".").rpartition(".")
+            if owner in self._records:
+                self._records[owner].losses[factor] = loss
+
+    def _log_results(self, tracker: Tracker, model: nn.Module, totals: Totals, table: str) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        metrics = totals.metrics() | {
+            "bytes_model_before": self._bytes_before,
+            "bytes_model_after": parameter_bytes(model),
+            "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        }
+        if torch.accelerator.is_available():
+            metrics["peak_accelerator_bytes"] = torch.accelerator.max_memory_allocated()
+        tracker.log_metrics(metrics)
+        tracker.log_table([record.row() for record in self._records.values()], "layers.csv")
+        tracker.log_text(table + "\n", "summary.txt")
+        if tracker.run_id is None:
+            return
+        ranks = {r.name: r.rank for r in self._records.values() if r.rank is not None}
+        if ranks:
+            tracker.log_figure(rank_map(ranks), "rank_map.png")
+        if self._spectra:
+            tracker.log_figure(spectra(self._spectra), "spectra.png")
+
+    @contextmanager
+    def _failing_run(self) -> Iterator[None]:
+        """Mark the run as failed, with its error, on the way out of one of our own steps."""
+        try:
+            yield
+        except BaseException as error:
+            if self._losses is not None:
+                self._losses.close()
+            if self._tracker is not None:
+                self._tracker.finish(error=error)
+                self._tracker = None
+            raise

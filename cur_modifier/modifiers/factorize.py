@@ -1,0 +1,80 @@
+"""One weight into one set of factors: the choices of a recipe applied to linear algebra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cur_modifier.linalg import (
+    CUR,
+    Form,
+    RowID,
+    Score,
+    Selection,
+    cur,
+    gram_norm,
+    interpolative,
+    score,
+    select_rows_and_columns,
+    singular_values,
+)
+from cur_modifier.modifiers.config import Fit
+
+__all__ = ["Recipe", "factorize", "fitted_gram", "relative_error", "weighted_spectrum"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a weight becomes factors. ``selection`` None is a row ID of the optimal approximation."""
+
+    form: Form
+    scores: Score | None
+    selection: Selection | None
+    fit: Fit
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether any part looks at calibration data."""
+        return self.fit.needs_activations or (
+            self.scores is not None and self.scores.needs_activations
+        )
+
+
+def factorize(
+    recipe: Recipe, W: torch.Tensor, second_moment: torch.Tensor | None, rank: int, seed: int
+) -> CUR | RowID:
+    """Factors of ``W (m, n)`` at ``rank``, given ``E[x xᵀ] (n, n)`` where the recipe needs it.
+
+    Raises:
+        ValueError: as the routines of :mod:`cur_modifier.linalg`.
+    """
+    W = W.detach().to(torch.promote_types(W.dtype, torch.float32))
+    gram = fitted_gram(recipe.fit, second_moment)
+    if recipe.selection is None:
+        return interpolative(W, rank, gram)
+    assert recipe.scores is not None
+    scored = score(recipe.scores, W, second_moment)
+    rows, columns = select_rows_and_columns(recipe.selection, scored, rank, seed=seed)
+    if recipe.form is Form.ID:
+        return interpolative(W, rank, gram, rows=rows)
+    return cur(W, rows, columns, gram)
+
+
+def fitted_gram(fit: Fit, second_moment: torch.Tensor | None) -> torch.Tensor | None:
+    """The ``gram`` argument of the decompositions for a norm of fit."""
+    if fit is Fit.WEIGHT or second_moment is None:
+        return None
+    return second_moment if fit is Fit.GRAM else second_moment.diagonal()
+
+
+def relative_error(W: torch.Tensor, dense: torch.Tensor, gram: torch.Tensor | None) -> float:
+    """``‖(W − Ŵ) N‖_F / ‖W N‖_F`` in the norm of the fit; 0 for a zero weight."""
+    whole = gram_norm(W, gram)
+    return gram_norm(W - dense, gram) / whole if whole else 0.0
+
+
+def weighted_spectrum(W: torch.Tensor, mean_square: torch.Tensor | None) -> torch.Tensor:
+    """Singular values ``(min(m, n),)`` of ``W diag(E[x²])^{1/2}``, or of ``W``; descending."""
+    scale = 1.0 if mean_square is None else mean_square.double().sqrt().to(W.device)
+    return singular_values(W.detach().double() * scale)

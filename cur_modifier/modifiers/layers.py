@@ -1,0 +1,169 @@
+"""Decoder layers: where they are, how far each turns the hidden state, which are chosen."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from torch import nn
+from tqdm import tqdm
+
+from cur_modifier.modifiers import upstream
+from cur_modifier.modifiers.config import LayersConfig
+
+__all__ = ["choose_layers", "decoder_layers", "survey"]
+
+
+def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The decoder layers by name, in the order of the model.
+
+    They are the modules that llm-compressor calibrates one after another.
+
+    Raises:
+        ValueError: the model names none.
+    """
+    targets = infer_sequential_targets(model)
+    layers = list(match_named_modules(model, [targets] if isinstance(targets, str) else targets))
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} names no decoder layers (its `_no_split_modules` match "
+            "nothing), so CURModifier can't tell layers apart. Only transformers models are "
+            "supported."
+        )
+    return layers
+
+
+def candidate_layers(config: LayersConfig, total: int) -> list[int]:
+    """Indices of the layers that may be chosen, before any data is seen.
+
+    Raises:
+        ValueError: an index outside the model, or fewer layers than ``count``.
+    """
+    if isinstance(config.select, list):
+        bad = [index for index in config.select if not 0 <= index < total]
+        if bad or not config.select:
+            raise ValueError(
+                f"layers.select holds {bad or 'nothing'}; the model has layers 0 to {total - 1}."
+            )
+        return sorted(set(config.select))
+    if config.select == "all":
+        return list(range(total))
+    count = config.resolved_count
+    pool = list(range(total)) if config.select == "last" else list(range(1, total - 1))
+    if count > len(pool):
+        excluded = "" if config.select == "last" else ", first and last excluded"
+        raise ValueError(
+            f"layers.count is {count}, but the model has {len(pool)} layers to choose from "
+            f"({total} in all{excluded}). Lower `layers.count`, or use `layers: {{select: all}}`."
+        )
+    return pool[-count:] if config.select == "last" else pool
+
+
+def choose_layers(
+    config: LayersConfig, total: int, seed: int, distances: Sequence[float] | None
+) -> list[int]:
+    """The chosen layer indices, ascending.
+
+    Args:
+        distances: angular distance by layer; needed for ``angular`` only. Ties go to the deeper
+            layer, as CURing's stable order does.
+    """
+    pool = candidate_layers(config, total)
+    if config.select == "random":
+        pool = random.Random(seed).sample(pool, config.resolved_count)
+    elif config.select == "angular":
+        assert distances is not None
+        pool.sort(key=lambda index: (distances[index], -index))
+        pool = pool[: config.resolved_count]
+    return sorted(pool)
+
+
+def survey(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    layers: Sequence[nn.Module],
+    watched: Mapping[str, nn.Module],
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """One pass of the dense model over the calibration data, before anything is changed.
+
+    Returns:
+        The angular distance ``arccos(cos(h_in, h_out)) / π`` of every layer at the last real token,
+        averaged over the samples (Men et al. 2024; CURing section 4.1), and for every watched
+        module the mean square ``(n,)`` of its inputs.
+
+    Cost: one forward pass; memory ``n`` numbers a watched module.
+
+    Raises:
+        ValueError: a hidden state is not finite, naming the layer.
+    """
+    turned = [0.0] * len(layers)
+    squares: dict[str, torch.Tensor] = {}
+    tokens: dict[str, int] = dict.fromkeys(watched, 0)
+    samples = 0
+    last: torch.Tensor | None = None
+
+    def watch_layer(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            entering = args[0] if args else kwargs["hidden_states"]
+            leaving = out[0] if isinstance(out, tuple) else out
+            distance = angular_distance(_at(entering, last), _at(leaving, last))
+            if not math.isfinite(distance):
+                raise ValueError(
+                    f"decoder layer {index} produces NaN or infinity on the calibration data. "
+                    "Check the model's weights and dtype (float16 overflows where bfloat16 does "
+                    "not)."
+                )
+            turned[index] += distance
+
+        return hook
+
+    def watch_input(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            squares[name] = squares.get(name, 0) + rows.square().sum(dim=0)
+            tokens[name] += rows.shape[0]
+
+        return hook
+
+    with ExitStack() as stack:
+        device = stack.enter_context(upstream.calibration_forward(model))
+        for index, layer in enumerate(layers):
+            handle = layer.register_forward_hook(watch_layer(index), with_kwargs=True)
+            stack.callback(handle.remove)
+        for name, module in watched.items():
+            stack.callback(module.register_forward_pre_hook(watch_input(name)).remove)
+        for batch in tqdm(batches, desc="Surveying the dense model"):
+            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            last = last_real_token(batch)
+            samples += last.shape[0]
+            model(**batch)
+
+    means = {name: total / tokens[name] for name, total in squares.items()}
+    return [total / max(samples, 1) for total in turned], means
+
+
+def angular_distance(entering: torch.Tensor, leaving: torch.Tensor) -> float:
+    """Sum over samples of ``arccos(cos) / π`` between two ``(samples, hidden)`` tensors."""
+    cosine = nn.functional.cosine_similarity(entering.double(), leaving.double(), dim=-1)
+    return float(cosine.clamp(-1, 1).arccos().sum() / math.pi)
+
+
+def last_real_token(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Index ``(samples,)`` of the last token that is not padding, on whichever side padding is."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    if mask is None:
+        mask = torch.ones_like(ids)
+    positions = torch.arange(ids.shape[-1], device=ids.device)
+    return (mask.bool() * positions).argmax(dim=-1)
+
+
+def _at(states: torch.Tensor, position: torch.Tensor | None) -> torch.Tensor:
+    assert position is not None
+    return states[torch.arange(states.shape[0], device=states.device), position.to(states.device)]

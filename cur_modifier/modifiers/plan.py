@@ -1,0 +1,228 @@
+"""What a stage is going to factor, and every reason it cannot, before anything slow happens."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from compressed_tensors.utils import is_match, match_named_modules
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from torch import nn
+
+from cur_modifier.factored import FACTORED_CLASSES, FactoredLinear
+from cur_modifier.linalg import Form
+from cur_modifier.modifiers import upstream
+from cur_modifier.modifiers.config import RankConfig
+
+__all__ = ["Candidate", "check_followers", "check_weights", "find_candidates", "with_ranks"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A Linear that the targets match: ``linear`` is ``(m, n)``, in decoder layer ``layer``."""
+
+    name: str
+    layer: int
+    linear: nn.Linear
+    rank: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.linear.out_features, self.linear.in_features
+
+    @property
+    def bias(self) -> bool:
+        return self.linear.bias is not None
+
+    def skeleton(self, form: Form, *, device: torch.device | str | None = None) -> FactoredLinear:
+        """The factored module that will take its place, with empty factors."""
+        assert self.rank is not None
+        m, n = self.shape
+        weight = self.linear.weight
+        return FACTORED_CLASSES[form](
+            n,
+            m,
+            self.rank,
+            bias=self.bias,
+            device=device or weight.device,
+            dtype=weight.dtype,
+        )
+
+
+def find_candidates(
+    model: nn.Module,
+    layers: Sequence[tuple[str, nn.Module]],
+    allowed: Iterable[int],
+    targets: Sequence[str],
+    ignore: Sequence[str],
+) -> list[Candidate]:
+    """The Linears inside the allowed decoder layers that the targets match.
+
+    Raises:
+        ValueError: a target that matches no Linear inside a decoder layer; a module that an earlier
+            stage factored or quantized.
+    """
+    prefixes = {f"{name}.": index for index, (name, _) in enumerate(layers)}
+    allowed = set(allowed)
+    candidates: dict[str, Candidate] = {}
+    for target in targets:
+        hits = 0
+        for name, module in match_named_modules(model, [target]):
+            layer = next((i for p, i in prefixes.items() if name.startswith(p)), None)
+            _refuse_factored(model, name, module)
+            if layer is None or not isinstance(module, nn.Linear):
+                continue
+            hits += 1
+            if layer in allowed and not _ignored(name, module, ignore):
+                _refuse_quantized(name, module)
+                candidates[name] = Candidate(name=name, layer=layer, linear=module)
+        if not hits:
+            raise ValueError(
+                f"target {target!r} matches no Linear inside the decoder layers of "
+                f"{type(model).__name__}. Linears there: {_projections(layers)}. "
+                "Regular expressions start with 're:', e.g. 're:.*q_proj$'."
+            )
+    if not candidates:
+        raise ValueError(
+            f"nothing is left to factor: targets {list(targets)} in layers {sorted(allowed)} are "
+            f"all on ignore {list(ignore)}."
+        )
+    return sorted(candidates.values(), key=lambda c: c.layer)
+
+
+def with_ranks(
+    candidates: Sequence[Candidate],
+    form: Form,
+    rank: RankConfig,
+    multiple_of: int,
+    energies: dict[str, int] | None = None,
+) -> list[Candidate]:
+    """The candidates with their ranks; those that stay dense keep ``rank=None``.
+
+    Raises:
+        ValueError: no rank meets the wish for a module, naming it.
+    """
+    planned = []
+    for candidate in candidates:
+        m, n = candidate.shape
+        needed = energies.get(candidate.name) if energies is not None else None
+        try:
+            chosen = rank.choose(
+                form, m, n, bias=candidate.bias, multiple_of=multiple_of, needed=needed
+            )
+        except ValueError as error:
+            raise ValueError(f"{candidate.name}: {error}") from None
+        planned.append(replace(candidate, rank=chosen))
+    return planned
+
+
+def check_weights(candidates: Sequence[Candidate]) -> None:
+    """Raises:
+    ValueError: a weight holds NaN or infinity, naming the module.
+    """
+    for candidate in candidates:
+        bad = int((~torch.isfinite(candidate.linear.weight)).sum())
+        if bad:
+            raise ValueError(
+                f"{candidate.name}.weight contains NaN or infinity in {bad} entries. Repair the "
+                "checkpoint, or put the module on `ignore`."
+            )
+
+
+def check_followers(
+    model: nn.Module,
+    modifier: Modifier,
+    planned: Sequence[Candidate],
+    form: Form,
+    multiple_of: int,
+) -> None:
+    """Check that later stages can compress the factors, and say where they would miss them.
+
+    Raises:
+        ValueError: a group size or a sparsity block that does not divide the inputs of a factor or
+            of a dense Linear, naming all of them.
+    """
+    skeletons = {c.name: c.skeleton(form, device="meta") for c in planned if c.rank is not None}
+    dense = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in skeletons
+    }
+    for follower in upstream.followers(modifier):
+        if not upstream.compresses(follower):
+            continue
+        stage = type(follower).__name__
+        problems: list[str] = []
+        missed: defaultdict[str, list[str]] = defaultdict(list)
+        for name, skeleton in skeletons.items():
+            whole = upstream.matches(follower, name, nn.Linear(1, 1, device="meta"))
+            for child, factor in skeleton.factors.items():
+                problems += _indivisible(follower, f"{name}.{child}", factor)
+                if upstream.matches(follower, f"{name}.{child}", factor) != whole:
+                    missed["missed" if whole else "compressed"].append(name)
+        for name, linear in dense.items():
+            problems += _indivisible(follower, name, linear)
+        if problems:
+            raise ValueError(
+                f"{stage} can't compress {len(problems)} modules:\n  "
+                + "\n  ".join(problems[:12])
+                + ("\n  …" if len(problems) > 12 else "")
+                + "\nThe rank is the number of inputs of a second factor: set CURModifier's "
+                f"`multiple_of` (now {multiple_of}) to a multiple of the group or block. Where a "
+                "dense input is not divisible, choose a size that divides it (64 for 576 inputs), "
+                "or put the module on the stage's `ignore`."
+            )
+        for what, names in missed.items():
+            verb = "leaves their factors alone" if what == "missed" else "would still compress them"
+            logger.warning(
+                f"{stage}'s targets and ignore were written for dense modules: it {verb} in "
+                f"{sorted(set(names))[:4]} and alike. Factors are Linears named "
+                f"{'/'.join(FACTORED_CLASSES[form].factor_names)} below the module: end a pattern "
+                "with `_proj.*` rather than `_proj$`."
+            )
+
+
+def _indivisible(follower: Modifier, name: str, linear: nn.Linear) -> list[str]:
+    found = [
+        f"{name}: {linear.in_features} inputs, group_size {size}"
+        for size in upstream.group_sizes(follower, name, linear)
+        if linear.in_features % size
+    ]
+    block = upstream.prune_block(follower)
+    if block and linear.in_features % block and upstream.matches(follower, name, linear):
+        found.append(f"{name}: {linear.in_features} inputs, sparsity blocks of {block}")
+    return found
+
+
+def _ignored(name: str, module: nn.Module, ignore: Sequence[str]) -> bool:
+    return is_match(name, module, list(ignore))
+
+
+def _refuse_factored(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent = model.get_submodule(name.rpartition(".")[0])
+    owner = module if isinstance(module, FactoredLinear) else parent
+    if isinstance(owner, FactoredLinear):
+        raise ValueError(
+            f"{name} is already factored by an earlier CURModifier stage or in the checkpoint. "
+            "Give each stage its own targets, e.g. with `ignore`."
+        )
+
+
+def _refuse_quantized(name: str, module: nn.Module) -> None:
+    if getattr(module, "quantization_scheme", None) is not None:
+        raise ValueError(
+            f"{name} is already quantized. Factor first: put CURModifier before the quantization "
+            "stage, or load the full-precision checkpoint."
+        )
+
+
+def _projections(layers: Sequence[tuple[str, nn.Module]]) -> str:
+    names = {
+        name.rpartition(".")[2]
+        for name, module in layers[0][1].named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    return ", ".join(sorted(names))

@@ -1,0 +1,149 @@
+"""Every use of what llm-compressor and compressed-tensors do not promise to keep.
+
+`integration_tests/test_upstream.py` fails when one of these changes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from compressed_tensors.offload import set_onload_device
+from compressed_tensors.utils import is_match
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization import QuantizationMixin
+from llmcompressor.utils.dev import get_main_device
+from llmcompressor.utils.helpers import calibration_forward_context
+from loguru import logger
+from torch import nn
+
+__all__ = [
+    "FollowerLosses",
+    "calibration_forward",
+    "compresses",
+    "followers",
+    "group_sizes",
+    "matches",
+    "modifiers_of_this_pass",
+    "prune_block",
+    "recipe_as_given",
+]
+
+# Messages of GPTQModifier and SparseGPTModifier before they compress, and of CompressionLogger
+# after.
+_COMPRESSING = re.compile(
+    r"Quantizing \d+ module\(s\): \[(?P<names>.*)\]|Sparsifying (?P<name>\S+) "
+)
+_ERROR = re.compile(r"error (?P<loss>\S+)")
+
+
+@contextmanager
+def calibration_forward(model: nn.Module) -> Iterator[torch.device]:
+    """The context in which upstream's pipelines run the model; gives the device for its inputs."""
+    if torch.accelerator.is_available():
+        set_onload_device(model, get_main_device())
+        device = get_main_device()
+    else:
+        device = torch.device("cpu")
+    with calibration_forward_context(model):
+        yield device
+
+
+def modifiers_of_this_pass() -> list[Modifier]:
+    """The modifiers that share the running calibration pass."""
+    return list(active_session().lifecycle.recipe.modifiers)
+
+
+def followers(modifier: Modifier) -> list[Modifier]:
+    """The modifiers that come after ``modifier`` in the recipe being initialized."""
+    modifiers = modifiers_of_this_pass()
+    for index, other in enumerate(modifiers):
+        if other is modifier:
+            return modifiers[index + 1 :]
+    return []
+
+
+def matches(modifier: Modifier, name: str, module: nn.Module) -> bool:
+    """Whether a quantizing or pruning follower would compress ``module``."""
+    ignore = getattr(modifier, "ignore", [])
+    if isinstance(modifier, QuantizationMixin):
+        return is_match(name, module, modifier.resolved_targets, ignore)
+    targets = getattr(modifier, "targets", None)
+    if targets is None:
+        return False
+    return is_match(name, module, targets, ignore)
+
+
+def compresses(modifier: Modifier) -> bool:
+    """Whether a follower quantizes or prunes Linear layers."""
+    return isinstance(modifier, QuantizationMixin) or hasattr(modifier, "mask_structure")
+
+
+def group_sizes(modifier: Modifier, name: str, module: nn.Module) -> list[int]:
+    """Group sizes of the schemes by which a follower would quantize ``module``'s weight."""
+    if not isinstance(modifier, QuantizationMixin):
+        return []
+    sizes = []
+    for scheme in modifier.resolved_config.config_groups.values():
+        size = getattr(scheme.weights, "group_size", None)
+        if size and size > 0 and is_match(name, module, scheme.targets, modifier.ignore):
+            sizes.append(int(size))
+    return sizes
+
+
+def prune_block(modifier: Modifier) -> int:
+    """``M`` of a follower's N:M sparsity, or 0."""
+    structure = getattr(modifier, "mask_structure", None)
+    return int(structure.split(":")[1]) if structure else 0
+
+
+def recipe_as_given() -> dict[str, Any]:
+    """The active recipe with just the fields that its author set, in plain types.
+
+    llm-compressor's own dump of a recipe holds Python enum tags after GPTQ and does not load again.
+    """
+    recipe = active_session().lifecycle.recipe
+    groups: dict[str, dict[str, Any]] = {}
+    for modifier in recipe.modifiers:
+        group = f"{modifier.group or recipe.stage}_modifiers"
+        fields = modifier.model_dump(mode="json", exclude_unset=True)
+        groups.setdefault(group, {})[type(modifier).__name__] = {
+            key: value
+            for key, value in fields.items()
+            if not key.endswith("_") and key not in ("group", "index")
+        }
+    return {f"{recipe.stage}_stage": groups}
+
+
+class FollowerLosses:
+    """Collects the loss that GPTQ and SparseGPT log for every module they compress.
+
+    They log "Quantizing 2 module(s): [a, b]" and then, as their contexts close from the last to the
+    first, one METRIC record "error x" a module.
+    """
+
+    def __init__(self) -> None:
+        self.by_module: dict[str, float] = {}
+        self._pending: list[str] = []
+        self._sink: int | None = logger.add(self._collect, level="INFO", format="{message}")
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._sink is not None:
+            try:
+                logger.remove(self._sink)
+            except ValueError:
+                logger.debug("the log was reconfigured; no sink is left to remove")
+            self._sink = None
+
+    def _collect(self, message: Any) -> None:
+        text = message.record["message"]
+        if found := _COMPRESSING.match(text):
+            names = found["names"]
+            self._pending = re.findall(r"'([^']+)'", names) if names else [found["name"]]
+        elif self._pending and (found := _ERROR.fullmatch(text)):
+            self.by_module[self._pending.pop()] = float(found["loss"])

@@ -1,0 +1,29 @@
+"""Loading factored checkpoints with ``from_pretrained``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from cur_modifier.checkpoint import wrap_save_pretrained
+from cur_modifier.layout import QUANT_METHOD
+from cur_modifier.transformers.quantizer import CURConfig, CURQuantizer
+
+__all__ = ["CURConfig", "PluginQuantizer", "register"]
+
+
+class PluginQuantizer(CURQuantizer):
+    """The quantizer where the plugin is installed: the loaded model also saves itself whole."""
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        wrap_save_pretrained(model)
+
+
+def register() -> None:
+    """Make the quantizer known to transformers, in place of one that a checkpoint's code "
+    "brought."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = CURConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PluginQuantizer

@@ -1,0 +1,121 @@
+"""Models, data and runs that the integration tests share: the real libraries, nothing mocked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from loguru import logger
+from support import NO_PROCESSOR, REPOSITORY, Compress, load_script, recipe_text
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import cur_modifier  # noqa: F401 - registers the stage and the quantizer
+from cur_modifier.data import calibration_dataset
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+@pytest.fixture(autouse=True)
+def _own_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes to the user's MLflow store."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """What is logged during the test, as text."""
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
+    yield lines
+    with contextlib.suppress(ValueError):  # llm-compressor may have reset all sinks
+        logger.remove(sink)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Directory of SmolLM2-135M-Instruct, float32."""
+    return load_script(REPOSITORY / "tools" / "smollm2.py").smollm2()
+
+
+@pytest.fixture(scope="session")
+def reference_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CPython's own reference topics as one text file: real text without a network."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "reference.txt"
+    path.write_text("\n\n".join(topics[key] for key in sorted(topics)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_data(smollm2: Path, reference_text: Path) -> Dataset:
+    """A little calibration data for SmolLM2."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return calibration_dataset(reference_text, tokenizer, samples=4, sequence_length=128)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of the usual shape with random weights: 13 layers, grouped-query attention, "
+    "biases."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=13,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    )
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data() -> Dataset:
+    """Random tokens for the tiny model."""
+    ids = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(1))
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    )
+
+
+@pytest.fixture
+def tiny(tiny_checkpoint: Path) -> Any:
+    """A fresh tiny model."""
+    return AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def compress(tiny_data: Dataset) -> Compress:
+    """``compress(model, cur={...}, then={...})``: oneshot with a CUR stage and followers."""
+
+    def run(
+        model: Any, cur: dict[str, Any], then: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        recipe = recipe_text(cur, then, first=kwargs.pop("recipe_first", None))
+        kwargs = {"dataset": tiny_data, "processor": NO_PROCESSOR, **kwargs}
+        return oneshot(model=model, recipe=recipe, **kwargs)
+
+    return run

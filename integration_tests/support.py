@@ -1,0 +1,76 @@
+"""What the integration tests share besides fixtures: recipes as data, this repository's scripts."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).parent.parent
+Compress = Callable[..., Any]
+
+
+class _Processor:
+    """Stands for a tokenizer where the data are tokenized already."""
+
+
+NO_PROCESSOR = _Processor()
+
+
+def load_script(path: Path) -> Any:
+    """A script of this repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def recipe_text(
+    cur: dict[str, Any], then: dict[str, Any] | None = None, *, first: dict[str, Any] | None = None
+) -> str:
+    """A recipe as YAML text; MLflow off unless asked for."""
+    stage: dict[str, Any] = {"first_modifiers": first} if first else {}
+    stage["cur_modifiers"] = {"CURModifier": {"mlflow": False, **cur}}
+    if then:
+        stage["then_modifiers"] = copy.deepcopy(then)  # or YAML writes anchors
+    return yaml.safe_dump({"compress_stage": stage}, sort_keys=False)
+
+
+W4A16 = {
+    "GPTQModifier": {
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["re:.*(cur|id)_[a-z]$"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": 32,
+                },
+            }
+        },
+    }
+}
+ROUND_TO_NEAREST = {"QuantizationModifier": W4A16["GPTQModifier"]}
+SPARSE_2_4 = {
+    "SparseGPTModifier": {
+        "sparsity": 0.5,
+        "mask_structure": "2:4",
+        "targets": ["re:.*cur_[cur]$"],
+    }
+}
+CUR = {"rank": {"max": 256}, "multiple_of": 32, "layers": {"select": [3, 20]}}
+ID = {
+    "targets": ["re:.*(q|k|v|o|gate|up|down)_proj$"],
+    "form": "id",
+    "rank": {"ratio": 0.8},
+    "multiple_of": 32,
+    "layers": {"select": [3, 20]},
+}

@@ -1,0 +1,119 @@
+"""Saving: all of it or nothing, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import Compress
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cur_modifier import checkpoint
+
+CUR = {"rank": {"fixed": 32}, "layers": {"select": [5]}}
+
+
+@pytest.fixture
+def factored(tiny: Any, compress: Compress) -> Any:
+    compress(tiny, CUR)
+    return tiny
+
+
+def test_interrupted_save_leaves_nothing(
+    factored: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "annotate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        factored.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob(".out*")) == []
+
+
+def test_interrupted_save_keeps_the_earlier_one(
+    factored: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factored.save_pretrained(tmp_path / "out")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "annotate", fail)
+    with pytest.raises(OSError, match="No space"):
+        factored.save_pretrained(tmp_path / "out")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
+
+
+def test_leftover_of_a_killed_save_is_cleared(factored: Any, tmp_path: Path) -> None:
+    leftover = tmp_path / ".out.incomplete"
+    leftover.mkdir()
+    (leftover / "stale.safetensors").write_text("half")
+    factored.save_pretrained(tmp_path / "out")
+    assert not leftover.exists()
+    assert not (tmp_path / "out" / "stale.safetensors").exists()
+
+
+def test_other_files_in_the_directory_are_kept(factored: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "sub").mkdir(parents=True)
+    (out / "tokenizer.json").write_text("{}")
+    (out / "sub" / "notes.txt").write_text("mine")
+    (out / "model-00001-of-00002.safetensors").write_text("stale shard")
+    factored.save_pretrained(out)
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert (out / "sub" / "notes.txt").read_text() == "mine"
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_sharded_checkpoint_loads(factored: Any, tmp_path: Path) -> None:
+    factored.save_pretrained(tmp_path / "out", max_shard_size="2MB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, factored(ids).logits)
+
+
+def test_push_to_hub_is_refused_with_the_way_to_do_it(factored: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hf upload"):
+        factored.save_pretrained(tmp_path / "out", push_to_hub=True)
+
+
+def test_a_file_in_the_way(factored: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ValueError, match="is a file"):
+        factored.save_pretrained(tmp_path / "out")
+
+
+def test_recipe_as_given_loads_again(factored: Any, tmp_path: Path) -> None:
+    from llmcompressor.recipe import Recipe
+
+    factored.save_pretrained(tmp_path / "out")
+    recipe = Recipe.create_instance(str(tmp_path / "out" / "recipe_as_given.yaml"))
+    (stage,) = recipe.modifiers
+    assert stage.rank.fixed == 32 and stage.layers.select == [5] and stage.mlflow is False
+
+
+def test_layout_is_in_the_config(factored: Any, tmp_path: Path) -> None:
+    factored.save_pretrained(tmp_path / "out")
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert section["quant_method"] == "cur" and section["version"] == 1
+    assert section["modules"]["model.layers.5.self_attn.q_proj"] == {
+        "form": "cur",
+        "rank": 32,
+        "in_features": 256,
+        "out_features": 256,
+        "bias": True,
+    }
+
+
+def test_a_dense_model_saves_as_ever(tiny: PreTrainedModel, tmp_path: Path) -> None:
+    tiny.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())

@@ -1,0 +1,210 @@
+"""Compress SmolLM2-135M with two recipes, say what it cost and what it saved, and chat with the
+result.
+
+    make demo
+
+Calibrates on the reference text that CPython ships (`pydoc_data.topics`) and measures perplexity on
+a part of it that was held out, so it needs no data set. Writes to `demo_out/` and to MLflow.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Warnings and progress bars are enough here; the whole log of a run is llm-compressor's default.
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tools"))
+
+OUT = Path("demo_out")
+RECIPES = ("cur_then_gptq", "id_then_gptq")
+SAMPLES, SEQUENCE_LENGTH = 24, 256
+WINDOWS, WINDOW = 12, 512
+QUESTIONS = ("What is the capital of France?", "Name three primary colors.")
+
+
+@dataclass
+class Row:
+    """One line of the final table."""
+
+    model: str
+    megabytes: float
+    parameters: int
+    perplexity: float
+    seconds: float | None = None
+
+
+def main() -> None:
+    """Dense, then each recipe without and with its quantization stage."""
+    started = time.perf_counter()
+    import torch
+    import yaml
+    from run import compress, weight_bytes
+    from smollm2 import smollm2
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from cur_modifier.data import read_documents, token_windows
+    from cur_modifier.evaluate import perplexity
+    from cur_modifier.modifiers.report import parameter_count
+
+    logging.set_verbosity_error()
+    source = str(smollm2())
+    calibration, held_out = write_reference_text(OUT / "text")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = token_windows(
+        read_documents(held_out), tokenizer, windows=WINDOWS, sequence_length=WINDOW
+    )
+    rows: list[Row] = []
+    answers: dict[str, list[str]] = {}
+
+    def measure(label: str, directory: str | Path, seconds: float | None) -> float:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        counted = parameter_count(model) if seconds is None else parameters[label]
+        value = perplexity(model, windows).perplexity
+        rows.append(Row(label, weight_bytes(directory) / 1e6, counted, value, seconds))
+        if seconds is None or "GPTQ" in label:
+            answers[label] = [chat(model, tokenizer, question) for question in QUESTIONS]
+        return value
+
+    parameters: dict[str, int] = {}
+    dense = OUT / "dense"
+    save_dense(source, dense)
+    measure("dense", dense, None)
+    for name in RECIPES:
+        stages = yaml.safe_load((HERE / f"{name}.yaml").read_text())["compress_stage"]
+        factors_only = OUT / f"{name}.factors.yaml"
+        factors_only.write_text(
+            yaml.safe_dump({"compress_stage": {"cur_modifiers": stages["cur_modifiers"]}})
+        )
+        form = name.partition("_")[0].upper()
+        for label, recipe in (
+            (f"{form}", factors_only),
+            (f"{form} + GPTQ W4A16", HERE / f"{name}.yaml"),
+        ):
+            print(f"\n== {label}: {recipe}", flush=True)
+            directory = OUT / label.lower().replace(" + ", "-").replace(" ", "-")
+            with tracked_run(f"demo {label}") as log_metric:
+                seconds = compress(
+                    recipe,
+                    source,
+                    calibration,
+                    directory,
+                    samples=SAMPLES,
+                    sequence_length=SEQUENCE_LENGTH,
+                )
+                parameters[label] = stored_parameters(directory, parameters, form, label)
+                log_metric("perplexity", measure(label, directory, seconds))
+                log_metric("checkpoint_bytes", weight_bytes(directory))
+
+    print_table(rows)
+    print_answers(answers)
+    print(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes; checkpoints in {OUT}/.")
+    print("Every run, with its figures and per-layer table:")
+    print(f"    {Path(sys.executable).parent / 'mlflow'} ui    # then open the address it prints")
+
+
+def write_reference_text(folder: Path) -> tuple[Path, Path]:
+    """CPython's reference topics as text: all but every fifth to calibrate on, those to evaluate "
+    "on."""
+    from pydoc_data.topics import topics
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "calibration.txt", folder / "held_out.txt"
+    documents = [topics[key] for key in sorted(topics)]
+    held_out = documents[::5]
+    paths[0].write_text("\n\n".join(d for i, d in enumerate(documents) if i % 5))
+    paths[1].write_text("\n\n".join(held_out))
+    return paths
+
+
+def save_dense(source: str, target: Path) -> None:
+    """The dense model in bfloat16, so that bytes compare like with like."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if target.exists():
+        shutil.rmtree(target)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+def stored_parameters(directory: Path, known: dict[str, int], form: str, label: str) -> int:
+    """Parameters of a checkpoint; quantization changes their bits, not their number."""
+    if label != form:
+        return known[form]
+    from safetensors import safe_open
+
+    total = 0
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
+                if tensors.get_slice(key).get_dtype().startswith(("BF", "F")):
+                    size = 1
+                    for side in tensors.get_slice(key).get_shape():
+                        size *= side
+                    total += size
+    return total
+
+
+@contextmanager
+def tracked_run(name: str) -> Any:
+    """An MLflow run that the CUR stage joins; gives the function that logs a metric to it."""
+    try:
+        import mlflow
+    except ImportError:
+        with nullcontext():
+            yield lambda key, value: None
+        return
+    with mlflow.start_run(run_name=name):
+        yield mlflow.log_metric
+
+
+def chat(model: Any, tokenizer: Any, question: str) -> str:
+    """The greedy answer to one question."""
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    return tokenizer.decode(
+        output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True
+    ).strip()
+
+
+def print_table(rows: list[Row]) -> None:
+    """Bytes, parameters, perplexity and seconds, each beside its share of the dense model's."""
+    dense = rows[0]
+    print(
+        f"\n{'model':<18} {'MB on disk':>16} {'parameters':>20} {'perplexity':>11} {'seconds':>8}"
+    )
+    for row in rows:
+        size = f"{row.megabytes:.1f} ({row.megabytes / dense.megabytes:.0%})"
+        count = f"{row.parameters / 1e6:.1f} M ({row.parameters / dense.parameters:.0%})"
+        seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
+        print(f"{row.model:<18} {size:>16} {count:>20} {row.perplexity:>11.2f} {seconds:>8}")
+    print(
+        f"Perplexity on {WINDOWS} windows of {WINDOW} tokens of held-out Python reference text, "
+        f"bfloat16;\ncalibrated on {SAMPLES} windows of {SEQUENCE_LENGTH}. The embedding (28.3 M "
+        "parameters) stays bfloat16."
+    )
+
+
+def print_answers(answers: dict[str, list[str]]) -> None:
+    """What every model answers, question by question."""
+    for index, question in enumerate(QUESTIONS):
+        print(f"\nQ: {question}")
+        for label, replies in answers.items():
+            print(f"   {label:<18} {' '.join(replies[index].split())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Run one recipe on one model, save the checkpoint, and say what it cost and what it saved.
+
+    python recipes/run.py recipes/cur_then_gptq.yaml --model MODEL --calibrate TEXT --output OUT
+
+MODEL is a directory or hub name, or `smollm2` (fetched by tools/smollm2.py). TEXT is a .txt, .raw
+or .jsonl file, a folder of such, or a data set on the hub. With `--evaluate TEXT` the perplexity of
+the saved checkpoint, loaded with `from_pretrained` in float32, is measured on 24 windows of 1024
+tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibrate", required=True, help="text to calibrate on")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens a window")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--evaluate", help="text to measure perplexity on")
+    parser.add_argument("--windows", type=int, default=24, help="evaluation windows of 1024 tokens")
+    parser.add_argument("--results", type=Path, help="JSON file that the result is added to")
+    options = parser.parse_args(arguments)
+    if not options.recipe.is_file():
+        parser.error(f"no recipe {options.recipe}; see recipes/README.md for the list")
+    return options
+
+
+def compress(
+    recipe: Path,
+    model_name: str,
+    calibrate: str | Path,
+    output: Path,
+    *,
+    samples: int,
+    sequence_length: int,
+    dtype: str = "bfloat16",
+) -> float:
+    """Calibrate, compress and save; returns the seconds that ``oneshot`` took."""
+    import torch
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import cur_modifier  # noqa: F401 - registers the stage and the quantizer
+    from cur_modifier.data import calibration_dataset
+
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    dataset = calibration_dataset(
+        calibrate, tokenizer, samples=samples, sequence_length=sequence_length
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=getattr(torch, dtype))
+    started = time.perf_counter()
+    oneshot(model=model, dataset=dataset, recipe=str(recipe))
+    seconds = time.perf_counter() - started
+    model.save_pretrained(output, save_compressed=True)
+    tokenizer.save_pretrained(output)
+    return seconds
+
+
+def weight_bytes(directory: str | Path) -> int:
+    """Bytes of the safetensors files in a checkpoint."""
+    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compress, evaluate, print."""
+    options = parse(arguments)
+    model_name = options.model
+    if model_name == "smollm2":
+        from smollm2 import smollm2
+
+        model_name = str(smollm2())
+    seconds = compress(
+        options.recipe,
+        model_name,
+        options.calibrate,
+        options.output,
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        dtype=options.dtype,
+    )
+    result: dict[str, Any] = {
+        "recipe": options.recipe.stem,
+        "model": options.model,
+        "calibration": f"{options.samples} x {options.sequence_length} of "
+        f"{Path(options.calibrate).name}",
+        "seconds": round(seconds, 1),
+        "dtype": options.dtype,
+        "bytes": weight_bytes(options.output),
+    }
+    if options.evaluate:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from cur_modifier.data import read_documents, token_windows
+        from cur_modifier.evaluate import perplexity
+
+        windows = token_windows(
+            read_documents(options.evaluate),
+            AutoTokenizer.from_pretrained(model_name),
+            windows=options.windows,
+            sequence_length=1024,
+        )
+        model = AutoModelForCausalLM.from_pretrained(options.output, dtype=torch.float32)
+        result["perplexity"] = round(perplexity(model, windows).perplexity, 2)
+    print(json.dumps(result, indent=2))
+    if options.results:
+        add_result(options.results, result)
+
+
+def add_result(path: Path, result: dict[str, Any]) -> None:
+    """Append to a JSON list, replacing an earlier result of the same recipe."""
+    results = json.loads(path.read_text()) if path.exists() else []
+    results = [r for r in results if r["recipe"] != result["recipe"]] + [result]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

