@@ -7,6 +7,8 @@ never modified. Results have the dtype of ``W`` (float32 where ``W`` is narrower
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from cur_modifier.linalg.checks import (
@@ -34,6 +36,8 @@ def cur(
     rows: torch.Tensor,
     columns: torch.Tensor,
     gram: torch.Tensor | None = None,
+    *,
+    noise: float = 0.0,
 ) -> CUR:
     """CUR with given rows and columns and the best core for them.
 
@@ -44,6 +48,8 @@ def cur(
         W: ``(m, n)``.
         rows, columns: ``r`` indices each.
         gram: ``G``.
+        noise: relative error power that ``R x`` will suffer later, as from quantizing ``R``; ``U``
+            is fitted to survive it. 0 gives the formula above.
 
     Cost: ``2 m n r`` flops and QR of ``(m, r)`` and ``(n, r)``; with a full ``G`` another
     ``2 n² r``, in float64.
@@ -64,10 +70,10 @@ def cur(
     require_indices(rows, W.shape[0], "rows")
     require_indices(columns, W.shape[1], "columns")
     C, R = W[:, columns], W[rows, :]
-    if gram is None:
+    if gram is None and not noise:
         U = solve(R.mT, solve(C, W, W.dtype).mT, W.dtype).mT
     else:
-        U = solve(C.double(), fit_right(W.double(), R.double(), gram, W.dtype), W.dtype)
+        U = solve(C.double(), fit_right(W.double(), R.double(), gram, W.dtype, noise), W.dtype)
     return CUR(C=C, U=U.to(W), R=R, rows=rows, columns=columns)
 
 
@@ -110,12 +116,18 @@ def interpolative(
     gram: torch.Tensor | None = None,
     *,
     rows: torch.Tensor | None = None,
+    noise: float = 0.0,
 ) -> RowID:
     """Row ID of ``W``.
 
     Without ``rows``, the compact form of the optimal rank-``r`` approximation: no rank-``r`` form
     has a smaller ``‖(W − Ŵ) G^{1/2}‖_F``. With ``rows``, the skeleton is ``W[rows]`` bit for bit
     and ``T = W[rest] G Sᵀ (S G Sᵀ)⁺`` is the best interpolation from it.
+
+    An exact ``T`` may combine skeleton outputs with large weights that cancel; on SmolLM2 its rows
+    have norms near 5. If the skeleton is quantized later, its errors do not cancel. With ``noise``,
+    the relative error power that ``S x`` will suffer, ``T`` is the best interpolation from the
+    noisy skeleton instead.
 
     Cost: that of :func:`low_rank` and :func:`compact`; with ``rows`` that of :func:`cur` less one
     QR.
@@ -124,7 +136,13 @@ def interpolative(
         ValueError: as :func:`low_rank`; or ``rows`` are not ``rank`` distinct indices.
     """
     if rows is None:
-        return compact(low_rank(W, rank, gram))
+        exact = compact(low_rank(W, rank, gram))
+        if not noise:
+            return exact
+        stacked = torch.argsort(exact.order)
+        target = _prepared(W, gram)[stacked[rank:]].double()
+        T = fit_right(target, exact.S.double(), gram, exact.S.dtype, noise)
+        return replace(exact, T=T.to(exact.S))
     W = _prepared(W, gram)
     m, n = W.shape
     require_rank(rank, min(m, n), f"a {m}x{n} matrix")
@@ -135,7 +153,7 @@ def interpolative(
     unchosen[rows] = False
     rest = unchosen.nonzero().squeeze(1)
     S = W[rows]
-    T = fit_right(W[rest].double(), S.double(), gram, W.dtype)
+    T = fit_right(W[rest].double(), S.double(), gram, W.dtype, noise)
     return RowID(S=S, T=T.to(W), order=stacking_order(rows, rest))
 
 

@@ -31,12 +31,19 @@ def fit_right(
     skeleton: torch.Tensor,
     gram: torch.Tensor | None,
     stored: torch.dtype,
+    noise: float = 0.0,
 ) -> torch.Tensor:
     """``X (k, r)`` that minimises ``‖(target − X · skeleton) G^{1/2}‖_F``, in float64.
+
+    With ``noise``, every output ``z_i`` of the skeleton is expected to come with an independent
+    error of ``noise · E[z_i²]``, as after quantizing it, and ``X`` minimises the expected error of
+    ``X z``: a ridge that keeps ``X`` from amplifying what the skeleton gets wrong.
 
     Under ``G`` by normal equations: ``G`` is known to float32 only, so squaring its condition costs
     nothing in float64, and neither ``G`` nor its root is ever factored.
     """
+    if gram is None and noise:
+        gram = torch.ones(skeleton.shape[1], dtype=skeleton.dtype, device=skeleton.device)
     if gram is None:
         return solve(skeleton.mT, target.mT, stored).mT
     diagonal = gram if gram.ndim == 1 else gram.diagonal()
@@ -45,6 +52,7 @@ def fit_right(
     normal = skeleton @ weighted.mT
     scale = _reciprocal(normal.diagonal().clamp_min(0).sqrt())  # rows of unit length, as in solve
     normal = scale[:, None] * normal * scale
+    normal.diagonal().mul_(1 + noise)
     values, vectors = torch.linalg.eigh((normal + normal.mT) / 2)
     floor = normal.shape[0] * torch.finfo(torch.float64).eps * values[-1].clamp_min(0)
     inverse = torch.where(values > floor, 1 / values, torch.zeros_like(values))

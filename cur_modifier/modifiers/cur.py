@@ -37,6 +37,7 @@ from cur_modifier.modifiers.factorize import (
     Recipe,
     factorize,
     fitted_gram,
+    quantization_noise,
     relative_error,
     weighted_spectrum,
 )
@@ -51,6 +52,7 @@ from cur_modifier.modifiers.plan import (
     check_followers,
     check_weights,
     find_candidates,
+    follower_bits,
     with_ranks,
 )
 from cur_modifier.modifiers.report import (
@@ -116,7 +118,8 @@ class CURModifier(Modifier):
     :param scores: what a row or column is worth to the selection; ``wanda`` for CUR
     :param selection: how rows and columns are picked; ``deim`` for CUR. A row ID without a
         selection is the compact form of the optimal approximation
-    :param fit: norm in which the free factors are fitted
+    :param fit: norm in which the free factors are fitted. Where a later stage quantizes the
+        factors, the fit also expects the noise that its bits bring
     :param rank: how the rank is chosen, see ``RankConfig``
     :param layers: which decoder layers, see ``LayersConfig``
     :param multiple_of: every rank is a multiple of this. The rank is the number of inputs of the
@@ -319,7 +322,7 @@ class CURModifier(Modifier):
             }
             planned = with_ranks(planned, self.form, self.rank, self.multiple_of, energies)
         logger.info(f"CURModifier factors {len(planned)} modules in layers {chosen}")
-        if self._distances is not None and self._tracker is not None:
+        if self._distances is not None and self._tracker is not None and self._tracker.run_id:
             self._tracker.log_figure(
                 layer_distances(self._distances, chosen), "layer_distances.png"
             )
@@ -348,6 +351,8 @@ class CURModifier(Modifier):
         record.parameters_after = stored_parameters(
             self.form, m, n, candidate.rank, bias=candidate.bias
         )
+        # Followers are known only now; the pass that fits the factors runs without them in sight.
+        record.expected_noise = quantization_noise(follower_bits(self, candidate, self.form))
         container = candidate.skeleton(self.form)
         container.stand_in(candidate.linear)
         container.train(candidate.linear.training)
@@ -386,7 +391,14 @@ class CURModifier(Modifier):
                 second_moment = accumulator.second_moment()
                 W = W.to(second_moment.device)
                 record.tokens = accumulator.tokens
-            factors = factorize(self.recipe, W, second_moment, candidate.rank, seed)
+            factors = factorize(
+                self.recipe,
+                W,
+                second_moment,
+                candidate.rank,
+                seed=seed,
+                noise=record.expected_noise,
+            )
         except ValueError as error:
             raise ValueError(f"{candidate.name}: {error}") from error
         bias = None if dense.bias is None else dense.bias.detach()

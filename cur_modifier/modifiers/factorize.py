@@ -21,7 +21,14 @@ from cur_modifier.linalg import (
 )
 from cur_modifier.modifiers.config import Fit
 
-__all__ = ["Recipe", "factorize", "fitted_gram", "relative_error", "weighted_spectrum"]
+__all__ = [
+    "Recipe",
+    "factorize",
+    "fitted_gram",
+    "quantization_noise",
+    "relative_error",
+    "weighted_spectrum",
+]
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,28 @@ class Recipe:
         )
 
 
+def quantization_noise(bits: int | None) -> float:
+    """Relative error power of rounding weights to ``bits``, 0 for None.
+
+    A symmetric grid over ±2.5 standard deviations has steps of ``5σ/2^bits``, and a uniform error
+    has a twelfth of the step's square: ``25/12 · 4^-bits``, 0.8 % at 4 bits.
+    """
+    return 0.0 if bits is None else 25 / 12 * 4.0**-bits
+
+
 def factorize(
-    recipe: Recipe, W: torch.Tensor, second_moment: torch.Tensor | None, rank: int, seed: int
+    recipe: Recipe,
+    W: torch.Tensor,
+    second_moment: torch.Tensor | None,
+    rank: int,
+    *,
+    seed: int = 0,
+    noise: float = 0.0,
 ) -> CUR | RowID:
     """Factors of ``W (m, n)`` at ``rank``, given ``E[x xᵀ] (n, n)`` where the recipe needs it.
+
+    Args:
+        noise: relative error power that a later stage will bring to the first factor.
 
     Raises:
         ValueError: as the routines of :mod:`cur_modifier.linalg`.
@@ -52,13 +77,13 @@ def factorize(
     W = W.detach().to(torch.promote_types(W.dtype, torch.float32))
     gram = fitted_gram(recipe.fit, second_moment)
     if recipe.selection is None:
-        return interpolative(W, rank, gram)
+        return interpolative(W, rank, gram, noise=noise)
     assert recipe.scores is not None
     scored = score(recipe.scores, W, second_moment)
     rows, columns = select_rows_and_columns(recipe.selection, scored, rank, seed=seed)
     if recipe.form is Form.ID:
-        return interpolative(W, rank, gram, rows=rows)
-    return cur(W, rows, columns, gram)
+        return interpolative(W, rank, gram, rows=rows, noise=noise)
+    return cur(W, rows, columns, gram, noise=noise)
 
 
 def fitted_gram(fit: Fit, second_moment: torch.Tensor | None) -> torch.Tensor | None:

@@ -17,7 +17,14 @@ from cur_modifier.linalg import Form
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.config import RankConfig
 
-__all__ = ["Candidate", "check_followers", "check_weights", "find_candidates", "with_ranks"]
+__all__ = [
+    "Candidate",
+    "check_followers",
+    "check_weights",
+    "find_candidates",
+    "follower_bits",
+    "with_ranks",
+]
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,16 @@ def check_followers(
                 f"{'/'.join(FACTORED_CLASSES[form].factor_names)} below the module: end a pattern "
                 "with `_proj.*` rather than `_proj$`."
             )
+
+
+def follower_bits(modifier: Modifier, candidate: Candidate, form: Form) -> int | None:
+    """Bits to which a later stage will quantize the first factor of ``candidate``, or None."""
+    name, factor = next(iter(candidate.skeleton(form, device="meta").factors.items()))
+    bits = (
+        upstream.weight_bits(follower, f"{candidate.name}.{name}", factor)
+        for follower in upstream.followers(modifier)
+    )
+    return min((b for b in bits if b is not None), default=None)
 
 
 def _indivisible(follower: Modifier, name: str, linear: nn.Linear) -> list[str]:

@@ -33,6 +33,7 @@ class ModuleRecord:
     parameters_after: int | None = None
     relative_error: float | None = None
     max_factor_entry: float | None = None
+    expected_noise: float = 0.0
     tokens: int | None = None
     seconds: float | None = None
     losses: dict[str, float] = field(default_factory=dict)

@@ -31,6 +31,7 @@ __all__ = [
     "modifiers_of_this_pass",
     "prune_block",
     "recipe_as_given",
+    "weight_bits",
 ]
 
 # Messages of GPTQModifier and SparseGPTModifier before they compress, and of CompressionLogger
@@ -93,6 +94,16 @@ def group_sizes(modifier: Modifier, name: str, module: nn.Module) -> list[int]:
         if size and size > 0 and is_match(name, module, scheme.targets, modifier.ignore):
             sizes.append(int(size))
     return sizes
+
+
+def weight_bits(modifier: Modifier, name: str, module: nn.Module) -> int | None:
+    """Bits of the weights after a follower has quantized ``module``, or None if it does not."""
+    if not isinstance(modifier, QuantizationMixin):
+        return None
+    for scheme in modifier.resolved_config.config_groups.values():
+        if scheme.weights is not None and is_match(name, module, scheme.targets, modifier.ignore):
+            return int(scheme.weights.num_bits)
+    return None
 
 
 def prune_block(modifier: Modifier) -> int:

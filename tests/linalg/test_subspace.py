@@ -41,7 +41,7 @@ def test_exact_triplets_are_those_of_the_svd(dtype, case):
     A = A.to(dtype)
     U, s, V = leading_subspace(A, rank, exact=True)
     values = torch.linalg.svdvals(A.double())
-    slack = 40 * torch.finfo(dtype).eps * float(values[0])
+    slack = 10 * max(A.shape) * torch.finfo(dtype).eps * float(values[0])  # backward stable
     torch.testing.assert_close(s.double(), values[:rank], rtol=0, atol=slack)
     tail = float(torch.linalg.vector_norm(values[rank:]))
     error = float((A.double() - U.double() * s.double() @ V.double().T).norm())

@@ -10,7 +10,7 @@ settings.register_profile("repeatable", max_examples=40, deadline=None, derandom
 settings.load_profile("repeatable")
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """The matrices are tiny: a second thread would only wait for its turn."""
     threads = torch.get_num_threads()

@@ -1,0 +1,94 @@
+"""Ranks and layers as a recipe asks for them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("llmcompressor")
+
+from cur_modifier.linalg import Form, break_even_rank, stored_parameters
+from cur_modifier.modifiers.config import LayersConfig, RankConfig
+from cur_modifier.modifiers.factorize import quantization_noise
+from cur_modifier.modifiers.layers import candidate_layers, choose_layers
+
+SHAPES = {"m": st.integers(2, 200), "n": st.integers(2, 200)}
+FORMS = st.sampled_from(list(Form))
+
+
+@given(
+    form=FORMS, bias=st.booleans(), ratio=st.floats(0.01, 1), multiple=st.integers(1, 16), **SHAPES
+)
+def test_ratio_is_met_by_the_largest_multiple(
+    form: Form, bias: bool, ratio: float, multiple: int, m: int, n: int
+) -> None:
+    limit = min(m, n) if form is Form.CUR else min(m - 1, n)
+    budget = ratio * (m * n + m * bias)
+    try:
+        rank = RankConfig(ratio=ratio).choose(form, m, n, bias=bias, multiple_of=multiple)
+    except ValueError:
+        rank = 0
+    assert rank is not None and rank % multiple == 0 and rank <= limit
+    if rank:
+        assert stored_parameters(form, m, n, rank, bias=bias) <= budget
+    following = rank + multiple
+    assert following > limit or stored_parameters(form, m, n, following, bias=bias) > budget
+
+
+@given(form=FORMS, cap=st.integers(1, 300), **SHAPES)
+def test_max_stays_below_break_even(form: Form, cap: int, m: int, n: int) -> None:
+    if break_even_rank(form, m, n) < 1:
+        return
+    rank = RankConfig(max=cap).choose(form, m, n)
+    assert rank is not None and rank <= cap
+    assert stored_parameters(form, m, n, rank) < m * n
+
+
+@given(form=FORMS, needed=st.integers(1, 200), multiple=st.integers(1, 16), **SHAPES)
+def test_energy_rounds_up_or_stays_dense(
+    form: Form, needed: int, multiple: int, m: int, n: int
+) -> None:
+    rank = RankConfig(energy=0.9).choose(form, m, n, needed=needed, multiple_of=multiple)
+    if rank is None:
+        return
+    assert needed <= rank < needed + multiple and rank % multiple == 0
+    assert stored_parameters(form, m, n, rank) < m * n
+
+
+def test_paper_ranks() -> None:
+    """q, k and gate of Llama-3.1-8B at CURing's default."""
+    config = RankConfig(max=256)
+    for m in (4096, 1024, 14336):
+        assert config.choose(Form.CUR, m, 4096) == 256
+
+
+@given(total=st.integers(3, 40), data=st.data())
+def test_chosen_layers(total: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, total - 2))
+    distances = data.draw(st.lists(st.floats(0, 1), min_size=total, max_size=total))
+    chosen = choose_layers(LayersConfig(count=count), total, 0, distances)
+    assert len(chosen) == count == len(set(chosen)) and chosen == sorted(chosen)
+    assert 0 not in chosen and total - 1 not in chosen
+    left_out = set(range(1, total - 1)) - set(chosen)
+    assert all(distances[i] <= distances[j] for i in chosen for j in left_out)
+
+
+@given(total=st.integers(3, 40), seed=st.integers(0, 99))
+def test_random_layers_follow_the_seed(total: int, seed: int) -> None:
+    config = LayersConfig(select="random", count=total - 2)
+    assert choose_layers(config, total, seed, None) == list(range(1, total - 1))
+    few = LayersConfig(select="random", count=1)
+    assert choose_layers(few, total, seed, None) == choose_layers(few, total, seed, None)
+
+
+def test_all_last_and_listed() -> None:
+    assert candidate_layers(LayersConfig(select="all"), 4) == [0, 1, 2, 3]
+    assert candidate_layers(LayersConfig(select="last", count=2), 4) == [2, 3]
+    assert candidate_layers(LayersConfig(select=[3, 1, 3]), 4) == [1, 3]
+
+
+def test_four_bits_bring_about_one_percent_of_noise() -> None:
+    assert quantization_noise(None) == 0
+    assert quantization_noise(4) == pytest.approx(0.0081, rel=0.01)
+    assert quantization_noise(8) == pytest.approx(quantization_noise(4) / 256)

@@ -1,0 +1,41 @@
+"""Perplexity against its definition, on models whose answer is known."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from cur_modifier.evaluate import perplexity
+
+
+class Known(nn.Module):
+    """Gives the same logits after every token."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+
+
+def test_uniform_model_has_the_size_of_the_vocabulary() -> None:
+    result = perplexity(Known(torch.zeros(50)), torch.randint(0, 50, (3, 20)))
+    assert result.perplexity == pytest.approx(50)
+    assert result.tokens == 3 * 19 and result.windows == 3 and result.sequence_length == 20
+
+
+def test_known_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.25, 0.25])
+    windows = torch.tensor([[2, 0, 0, 1], [2, 1, 0, 0]])  # the first token is context only
+    expected = math.exp(-(4 * math.log(0.5) + 2 * math.log(0.25)) / 6)
+    assert perplexity(Known(probabilities.log()), windows).perplexity == pytest.approx(expected)
+
+
+def test_a_broken_model_is_named() -> None:
+    with pytest.raises(ValueError, match="log-likelihood is not finite"):
+        perplexity(Known(torch.full((5,), math.nan)), torch.zeros(1, 4, dtype=torch.long))

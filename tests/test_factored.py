@@ -1,0 +1,105 @@
+"""Factored layers compute the products that they claim to, whatever bias, dtype and batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cur_modifier.factored import CURLinear, FactoredLinear, InterpolativeLinear
+from cur_modifier.linalg import cur, interpolative
+
+
+def make(form: str, m: int, n: int, rank: int, bias: bool, dtype: torch.dtype) -> FactoredLinear:
+    generator = torch.Generator().manual_seed(m * n + rank)
+    W = torch.randn(m, n, generator=generator)
+    offset = torch.randn(m, generator=generator) if bias else None
+    if form == "cur":
+        indices = torch.randperm(min(m, n), generator=generator)[:rank]
+        return CURLinear.from_factors(cur(W, indices, indices), offset, dtype=dtype)
+    return InterpolativeLinear.from_factors(interpolative(W, rank), offset, dtype=dtype)
+
+
+@given(
+    form=st.sampled_from(["cur", "id"]),
+    m=st.integers(2, 12),
+    n=st.integers(2, 12),
+    rank=st.integers(1, 11),
+    bias=st.booleans(),
+    batch=st.sampled_from([(), (1,), (3,), (2, 5)]),
+)
+def test_forward_is_the_dense_product(
+    form: str, m: int, n: int, rank: int, bias: bool, batch: tuple[int, ...]
+) -> None:
+    rank = min(rank, n, m - 1)
+    layer = make(form, m, n, rank, bias, torch.float64)
+    x = torch.randn(*batch, n, dtype=torch.float64)
+    dense = layer.to_dense()
+    assert dense.weight.shape == (m, n) and (dense.bias is not None) == bias
+    torch.testing.assert_close(layer(x), dense(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["cur", "id"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_and_state_round_trip(form: str, dtype: torch.dtype) -> None:
+    layer = make(form, 8, 6, 3, True, dtype)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    other = type(layer)(6, 8, 3, bias=True, dtype=dtype)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 6).to(dtype)
+    assert torch.equal(layer(x), other(x))
+    layer.to(torch.float32)
+    index = layer.order if form == "id" else layer.rows
+    assert index.dtype == torch.int32
+
+
+@pytest.mark.parametrize("form", ["cur", "id"])
+def test_meta_device_allocates_nothing(form: str) -> None:
+    cls = CURLinear if form == "cur" else InterpolativeLinear
+    layer = cls(6, 8, 3, bias=True, device="meta")
+    assert all(t.is_meta for t in layer.state_dict().values())
+
+
+@pytest.mark.parametrize("form", ["cur", "id"])
+def test_the_stand_in_answers_until_the_factors_come(form: str) -> None:
+    fitted = make(form, 8, 6, 3, True, torch.float32)
+    dense = torch.nn.Linear(6, 8)
+    layer = type(fitted)(6, 8, 3, bias=True)
+    layer.stand_in(dense)
+    x = torch.randn(2, 6)
+    assert torch.equal(layer(x), dense(x))
+    # Hidden from other stages, from the optimizer and from the checkpoint.
+    assert dense not in list(layer.modules())
+    assert layer.state_dict().keys() == fitted.state_dict().keys()
+    W = dense.weight.detach()
+    if form == "cur":
+        layer.load_factors(cur(W, torch.arange(3), torch.arange(3)), dense.bias.detach())
+    else:
+        layer.load_factors(interpolative(W, 3), dense.bias.detach())
+    assert layer.dense is None
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+
+
+def test_containers_are_not_linears_and_factors_are() -> None:
+    for form in ("cur", "id"):
+        layer = make(form, 8, 6, 3, True, torch.float32)
+        assert not isinstance(layer, torch.nn.Linear)
+        assert all(isinstance(f, torch.nn.Linear) for f in layer.factors.values())
+        assert tuple(layer.factors) == layer.factor_names
+
+
+def test_bad_ranks_are_named() -> None:
+    with pytest.raises(ValueError, match=r"rank 7 is outside 1..6 for a 8x6"):
+        CURLinear(6, 8, 7)
+    with pytest.raises(ValueError, match=r"rank 0 is outside"):
+        InterpolativeLinear(6, 8, 0)
+    with pytest.raises(ValueError, match=r"leaves no output to interpolate.*Leave the layer dense"):
+        InterpolativeLinear(8, 6, 6)
+
+
+def test_packed_factors_say_how_to_unpack_them() -> None:
+    layer = make("cur", 8, 6, 3, False, torch.float32)
+    del layer.cur_u.weight
+    with pytest.raises(ValueError, match=r"'cur_u' holds packed weights.*forward pass"):
+        layer.to_dense()

@@ -1,0 +1,94 @@
+"""The schema accepts what it wrote, and names what it cannot read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cur_modifier.factored import FACTORED_CLASSES
+from cur_modifier.layout import Layout, LayoutError, ModuleLayout
+
+MODULE = {"form": "cur", "rank": 4, "in_features": 8, "out_features": 6, "bias": False}
+
+
+def section(**changes: Any) -> dict[str, Any]:
+    return {"quant_method": "cur", "version": 1, "modules": {"a.q_proj": MODULE}} | changes
+
+
+@given(
+    form=st.sampled_from(["cur", "id"]),
+    m=st.integers(2, 40),
+    n=st.integers(1, 40),
+    bias=st.booleans(),
+    axis=st.sampled_from(["row", "column"]),
+    order=st.sampled_from(["stored", "absorbed"]),
+    shared=st.sampled_from([None, "layers.0.qkv"]),
+)
+def test_written_layouts_are_read_back(
+    form: Any, m: int, n: int, bias: bool, axis: Any, order: Any, shared: str | None
+) -> None:
+    module = ModuleLayout(
+        form=form,
+        rank=min(m - 1, n),
+        in_features=n,
+        out_features=m,
+        bias=bias,
+        axis=axis,
+        order=order,
+        shared_skeleton=shared,
+    )
+    layout = Layout(producer="test", modules={"a": module}, compressed_tensors={"format": "x"})
+    assert Layout.read(json.loads(json.dumps(layout.write()))) == layout
+
+
+@pytest.mark.parametrize("form", ["cur", "id"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_shapes_are_those_of_the_modules(form: Any, bias: bool) -> None:
+    layout = ModuleLayout(form=form, rank=3, in_features=8, out_features=6, bias=bias)
+    module = FACTORED_CLASSES[form](8, 6, 3, bias=bias)
+    assert {k: tuple(f.weight.shape) for k, f in module.factors.items()} == layout.factor_shapes
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (section(version=2), r"schema version 2;.*reads version 1.*Upgrade"),
+        (section(version=None), "schema version None"),
+        (section(surprise=1), "surprise"),
+        (section(modules={"a": MODULE | {"form": "svd"}}), "modules.a.form"),
+        (section(modules={"a": MODULE | {"rank": 7}}), r"rank 7 is above min.* = 6"),
+        (section(modules={"a": MODULE | {"rank": 0}}), "modules.a.rank"),
+        (section(modules={"a": MODULE | {"colour": "red"}}), "colour"),
+        (section(quant_method="awq"), "quant_method"),
+    ],
+)
+def test_what_cannot_be_read_is_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        Layout.read(changed)
+
+
+@pytest.mark.parametrize(
+    "variant", [{"axis": "column"}, {"order": "absorbed"}, {"shared_skeleton": "g"}]
+)
+def test_variants_of_later_versions_say_so(variant: dict[str, Any]) -> None:
+    with pytest.raises(LayoutError, match=r"needs a newer cur-modifier.*pip install -U"):
+        _ = ModuleLayout.model_validate(MODULE | {"form": "id"} | variant).factor_shapes
+
+
+def test_layout_needs_pydantic_alone() -> None:
+    code = (
+        "import importlib.util, sys\n"
+        "from pathlib import Path\n"
+        "spec = importlib.util.spec_from_file_location('layout', sys.argv[1])\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)\n"
+    )
+    import cur_modifier.layout
+
+    subprocess.run([sys.executable, "-c", code, cur_modifier.layout.__file__], check=True)
