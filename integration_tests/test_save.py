@@ -12,6 +12,7 @@ from support import Compress
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cur_modifier import checkpoint
+from cur_modifier.layout import LayoutError
 
 CUR = {"rank": {"fixed": 32}, "layers": {"select": [5]}}
 
@@ -117,3 +118,43 @@ def test_layout_is_in_the_config(factored: Any, tmp_path: Path) -> None:
 def test_a_dense_model_saves_as_ever(tiny: PreTrainedModel, tmp_path: Path) -> None:
     tiny.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 99}, "schema version 99.*Upgrade"),
+        ({"rank": 7}, r"has shape \(32, 256\); config.json gives rank 7"),
+        ({"in_features": 999}, r"has shape \(32, 256\);.*so \(32, 999\)"),
+        ({"in_features": 255, "rank": 32}, r"so \(32, 255\)"),
+        ({"name": "model.layers.99.self_attn.q_proj"}, "is missing from the checkpoint"),
+        ({"form": "id"}, "id_s.weight is missing"),
+    ],
+)
+def test_config_that_disagrees_is_refused(
+    factored: Any, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "out"
+    factored.save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    section = config["quantization_config"]
+    name = "model.layers.5.self_attn.q_proj"
+    if "version" in change:
+        section |= change
+    elif "name" in change:
+        section["modules"][change["name"]] = section["modules"].pop(name)
+    else:
+        section["modules"][name] |= change
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LayoutError, match=message):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_model_of_another_shape_is_refused(factored: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    factored.save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    config["hidden_size"] = 320
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LayoutError, match="is 256x256, but the model builds it as 256x320"):
+        AutoModelForCausalLM.from_pretrained(out)

@@ -39,6 +39,8 @@ __all__ = [
 _COMPRESSING = re.compile(
     r"Quantizing \d+ module\(s\): \[(?P<names>.*)\]|Sparsifying (?P<name>\S+) "
 )
+# Fields that upstream, or a validator, sets on a modifier; nobody writes them into a recipe.
+_NOT_GIVEN = ("group", "index", "requires_calibration_data")
 _ERROR = re.compile(r"error (?P<loss>\S+)")
 
 
@@ -125,7 +127,7 @@ def recipe_as_given() -> dict[str, Any]:
         groups.setdefault(group, {})[type(modifier).__name__] = {
             key: value
             for key, value in fields.items()
-            if not key.endswith("_") and key not in ("group", "index")
+            if not key.endswith("_") and key not in _NOT_GIVEN
         }
     return {f"{recipe.stage}_stage": groups}
 
