@@ -156,5 +156,5 @@ def test_a_model_of_another_shape_is_refused(factored: Any, tmp_path: Path) -> N
     config = json.loads((out / "config.json").read_text())
     config["hidden_size"] = 320
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LayoutError, match="is 256x256, but the model builds it as 256x320"):
+    with pytest.raises(LayoutError, match="is 512x256, but the model builds it as 512x320"):
         AutoModelForCausalLM.from_pretrained(out)

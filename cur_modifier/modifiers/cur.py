@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -11,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
-import yaml
 from compressed_tensors.offload import set_onload_device, update_offload_parameter
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
@@ -41,6 +38,7 @@ from cur_modifier.modifiers.factorize import (
     relative_error,
     weighted_spectrum,
 )
+from cur_modifier.modifiers.journal import Journal
 from cur_modifier.modifiers.layers import (
     candidate_layers,
     choose_layers,
@@ -55,21 +53,9 @@ from cur_modifier.modifiers.plan import (
     follower_bits,
     with_ranks,
 )
-from cur_modifier.modifiers.report import (
-    ModuleRecord,
-    Totals,
-    format_table,
-    parameter_bytes,
-    parameter_count,
-    summarize,
-)
-from cur_modifier.tracking import Tracker, start_tracking
-from cur_modifier.tracking.figures import layer_distances, rank_map, spectra
+from cur_modifier.modifiers.report import ModuleRecord
 
 __all__ = ["CURModifier"]
-
-# A spectrum costs an eigvalsh of the short side; above this only an accelerator does it in passing.
-SPECTRUM_SIDE = 2048
 
 
 class CURModifier(Modifier):
@@ -143,16 +129,9 @@ class CURModifier(Modifier):
     mlflow: bool = True
 
     _pending: dict[nn.Module, Candidate] = PrivateAttr(default_factory=dict)
-    _records: dict[str, ModuleRecord] = PrivateAttr(default_factory=dict)
     _grams: dict[nn.Module, GramAccumulator] = PrivateAttr(default_factory=dict)
     _latest: tuple[torch.Tensor, GramAccumulator] | None = PrivateAttr(default=None)
-    _spectra: dict[str, tuple[list[float], int]] = PrivateAttr(default_factory=dict)
-    _distances: list[float] | None = PrivateAttr(default=None)
-    _tracker: Tracker | None = PrivateAttr(default=None)
-    _losses: upstream.FollowerLosses | None = PrivateAttr(default=None)
-    _parameters_before: int = PrivateAttr(default=0)
-    _bytes_before: int = PrivateAttr(default=0)
-    _seconds: float = PrivateAttr(default=0.0)
+    _journal: Journal | None = PrivateAttr(default=None)
     _complete: bool = PrivateAttr(default=False)
 
     @field_serializer("form", "scores", "selection", "fit")
@@ -183,6 +162,7 @@ class CURModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check everything, choose layers and ranks, and swap the factored modules in."""
         model = state.model
+        upstream.refuse_distributed()
         layers = decoder_layers(model)
         candidates = find_candidates(
             model,
@@ -196,19 +176,11 @@ class CURModifier(Modifier):
         check_weights(planned)
         check_followers(model, self, planned, self.form, self.multiple_of)
 
-        self._parameters_before = parameter_count(model)
-        self._bytes_before = parameter_bytes(model)
-        self._tracker = start_tracking(enabled=self.mlflow, run_name=f"cur-{type(model).__name__}")
-        self._losses = upstream.FollowerLosses()
+        self._journal = Journal(model, enabled=self.mlflow)
         with self._failing_run():
-            recipe = upstream.recipe_as_given()
-            self._tracker.log_params(recipe)
-            recipe_text = yaml.safe_dump(recipe, sort_keys=False)
-            self._tracker.log_text(recipe_text, "recipe.yaml")
-            planned = self._choose(model, layers, planned, state.data.calib)
-            for candidate in planned:
+            for candidate in self._choose(model, layers, planned, state.data.calib):
                 self._swap(model, candidate)
-            wrap_save_pretrained(model, {"recipe_as_given.yaml": recipe_text})
+            wrap_save_pretrained(model, {"recipe_as_given.yaml": self._journal.recipe_text})
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -264,23 +236,13 @@ class CURModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Report and close the run; also called by upstream for a stage that never finished."""
-        tracker, self._tracker = self._tracker, None
-        if self._losses is not None:
-            self._losses.close()
-            self._collect_losses(self._losses.by_module)
-        if tracker is None:
+        journal, self._journal = self._journal, None
+        if journal is None:
             return True
-        if not self._complete:
-            tracker.finish(error="the compression was interrupted before every module was factored")
-            return True
-        records = list(self._records.values())
-        totals = summarize(records, self._parameters_before, self._seconds)
-        table = format_table(records, totals)
-        logger.info(f"CURModifier\n{table}")
-        self._log_results(tracker, state.model, totals, table)
-        tracker.finish()
-        if tracker.run_id is not None:
-            logger.info(f"MLflow run {tracker.run_id}: see it with `mlflow ui`")
+        if self._complete:
+            journal.finish(state.model)
+        else:
+            journal.fail("the compression was interrupted before every module was factored")
         return True
 
     # -- steps ---------------------------------------------------------------------------------
@@ -307,11 +269,12 @@ class CURModifier(Modifier):
         batches: Any,
     ) -> list[Candidate]:
         by_energy = self.rank.energy is not None
+        distances: list[float] | None = None
         squares: dict[str, torch.Tensor] = {}
         if self.layers.select == "angular" or (by_energy and self.fit.needs_activations):
             watched = {c.name: c.linear for c in planned} if by_energy else {}
-            self._distances, squares = survey(model, batches, [m for _, m in layers], watched)
-        chosen = choose_layers(self.layers, len(layers), self.seed, self._distances)
+            distances, squares = survey(model, batches, [m for _, m in layers], watched)
+        chosen = choose_layers(self.layers, len(layers), self.seed, distances)
         planned = [c for c in planned if c.layer in chosen]
         if self.rank.energy is not None:
             energies = {
@@ -322,12 +285,7 @@ class CURModifier(Modifier):
             }
             planned = with_ranks(planned, self.form, self.rank, self.multiple_of, energies)
         logger.info(f"CURModifier factors {len(planned)} modules in layers {chosen}")
-        if self._distances is not None and self._tracker is not None and self._tracker.run_id:
-            self._tracker.log_figure(
-                layer_distances(self._distances, chosen), "layer_distances.png"
-            )
-            for index, distance in enumerate(self._distances):
-                self._tracker.log_metrics({"angular_distance": distance}, step=index)
+        self._open_journal.layers_chosen(distances, chosen)
         return planned
 
     def _swap(self, model: nn.Module, candidate: Candidate) -> None:
@@ -340,7 +298,7 @@ class CURModifier(Modifier):
             in_features=n,
             parameters_before=dense_parameters(m, n, bias=candidate.bias),
         )
-        self._records[candidate.name] = record
+        self._open_journal.records[candidate.name] = record
         if candidate.rank is None:
             logger.warning(
                 f"{candidate.name} stays dense: the rank that holds energy {self.rank.energy} "
@@ -376,7 +334,7 @@ class CURModifier(Modifier):
         started = time.perf_counter()
         dense = container.dense
         assert dense is not None and candidate.rank is not None
-        record = self._records[candidate.name]
+        record = self._open_journal.records[candidate.name]
         W = dense.weight.detach()
         seed = self.seed ^ zlib.crc32(candidate.name.encode())
         second_moment = None
@@ -410,59 +368,13 @@ class CURModifier(Modifier):
             float(factor.weight.detach().abs().max()) for factor in container.factors.values()
         )
         record.seconds = time.perf_counter() - started
-        self._seconds += record.seconds
-        self._track_fit(candidate, record, W, second_moment)
+        mean_square = None if second_moment is None else second_moment.diagonal()
+        self._open_journal.fitted(record, W, mean_square)
 
-    def _track_fit(
-        self,
-        candidate: Candidate,
-        record: ModuleRecord,
-        W: torch.Tensor,
-        second_moment: torch.Tensor | None,
-    ) -> None:
-        assert record.rank is not None
-        logger.info(
-            f"{candidate.name}: {record.out_features}x{record.in_features} as {record.form} of "
-            f"rank {record.rank}, relative error {record.relative_error:.4f}, {record.seconds:.2f} "
-            "s"
-        )
-        if self._tracker is None or self._tracker.run_id is None:
-            return
-        done = sum(r.seconds is not None for r in self._records.values())
-        assert record.relative_error is not None and record.seconds is not None
-        self._tracker.log_metrics(
-            {"relative_error": record.relative_error, "module_seconds": record.seconds}, step=done
-        )
-        if min(W.shape) <= SPECTRUM_SIDE or W.device.type != "cpu":
-            squares = second_moment.diagonal() if second_moment is not None else None
-            values = weighted_spectrum(W, squares).tolist()
-            self._spectra[candidate.name] = (values, record.rank)
-
-    def _collect_losses(self, by_module: dict[str, float]) -> None:
-        for name, loss in by_module.items():
-            owner, _, factor = name.removesuffix(".").rpartition(".")
-            if owner in self._records:
-                self._records[owner].losses[factor] = loss
-
-    def _log_results(self, tracker: Tracker, model: nn.Module, totals: Totals, table: str) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        metrics = totals.metrics() | {
-            "bytes_model_before": self._bytes_before,
-            "bytes_model_after": parameter_bytes(model),
-            "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
-        }
-        if torch.accelerator.is_available():
-            metrics["peak_accelerator_bytes"] = torch.accelerator.max_memory_allocated()
-        tracker.log_metrics(metrics)
-        tracker.log_table([record.row() for record in self._records.values()], "layers.csv")
-        tracker.log_text(table + "\n", "summary.txt")
-        if tracker.run_id is None:
-            return
-        ranks = {r.name: r.rank for r in self._records.values() if r.rank is not None}
-        if ranks:
-            tracker.log_figure(rank_map(ranks), "rank_map.png")
-        if self._spectra:
-            tracker.log_figure(spectra(self._spectra), "spectra.png")
+    @property
+    def _open_journal(self) -> Journal:
+        assert self._journal is not None
+        return self._journal
 
     @contextmanager
     def _failing_run(self) -> Iterator[None]:
@@ -470,9 +382,7 @@ class CURModifier(Modifier):
         try:
             yield
         except BaseException as error:
-            if self._losses is not None:
-                self._losses.close()
-            if self._tracker is not None:
-                self._tracker.finish(error=error)
-                self._tracker = None
+            if self._journal is not None:
+                self._journal.fail(error)
+                self._journal = None
             raise

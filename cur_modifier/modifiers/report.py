@@ -76,7 +76,7 @@ class Totals:
         }
 
 
-def summarize(records: Sequence[ModuleRecord], model_before: int, seconds: float) -> Totals:
+def summarize(records: Sequence[ModuleRecord], model_before: int) -> Totals:
     """Totals of a finished stage. A module that stayed dense counts its dense parameters."""
     before = sum(r.parameters_before for r in records)
     after = sum(
@@ -88,7 +88,7 @@ def summarize(records: Sequence[ModuleRecord], model_before: int, seconds: float
         targets_after=after,
         model_before=model_before,
         model_after=model_before - before + after,
-        seconds=seconds,
+        seconds=sum(r.seconds or 0.0 for r in records),
     )
 
 
@@ -106,7 +106,7 @@ def format_table(records: Sequence[ModuleRecord], totals: Totals) -> str:
         factored = [r for r in members if r.rank is not None]
         ranks = [r.rank for r in factored if r.rank is not None]
         errors = [r.relative_error for r in factored if r.relative_error is not None]
-        total = summarize(members, 1, 0.0)
+        total = summarize(members, 1)
         lines.append(
             f"{projection:<12} {f'{m}x{n}':>12} {len(members):>6} {_span(ranks, 'd'):>11} "
             f"{total.ratio:>6.3f} {_span(errors, '.3f'):>15} "

@@ -31,6 +31,7 @@ __all__ = [
     "modifiers_of_this_pass",
     "prune_block",
     "recipe_as_given",
+    "refuse_distributed",
     "weight_bits",
 ]
 
@@ -54,6 +55,17 @@ def calibration_forward(model: nn.Module) -> Iterator[torch.device]:
         device = torch.device("cpu")
     with calibration_forward_context(model):
         yield device
+
+
+def refuse_distributed() -> None:
+    """Raises:
+    ValueError: several processes calibrate together, each of which would fit other factors.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            f"torch.distributed runs {torch.distributed.get_world_size()} processes, and "
+            "CURModifier fits factors in one. Start oneshot without torchrun."
+        )
 
 
 def modifiers_of_this_pass() -> list[Modifier]:

@@ -1,0 +1,130 @@
+"""What a stage tells the terminal and MLflow while it works, kept out of the way of the work."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import yaml
+from loguru import logger
+from torch import nn
+
+from cur_modifier.modifiers import upstream
+from cur_modifier.modifiers.factorize import weighted_spectrum
+from cur_modifier.modifiers.report import (
+    ModuleRecord,
+    format_table,
+    parameter_bytes,
+    parameter_count,
+    summarize,
+)
+from cur_modifier.tracking import Tracker, start_tracking
+from cur_modifier.tracking.figures import layer_distances, rank_map, spectra
+
+__all__ = ["Journal"]
+
+# A spectrum costs an eigvalsh of the short side; above this only an accelerator does it in passing.
+SPECTRUM_SIDE = 2048
+
+
+class Journal:
+    """The records of one stage, its MLflow run, and the losses that later stages log.
+
+    Args:
+        model: the dense model, before anything is swapped in.
+        enabled: whether to log to MLflow.
+    """
+
+    def __init__(self, model: nn.Module, *, enabled: bool) -> None:
+        self.records: dict[str, ModuleRecord] = {}
+        self._parameters_before = parameter_count(model)
+        self._bytes_before = parameter_bytes(model)
+        self._spectra: dict[str, tuple[list[float], int]] = {}
+        self._losses = upstream.FollowerLosses()
+        self._tracker: Tracker = start_tracking(
+            enabled=enabled, run_name=f"cur-{type(model).__name__}"
+        )
+        recipe = upstream.recipe_as_given()
+        self.recipe_text = yaml.safe_dump(recipe, sort_keys=False)
+        self._tracker.log_params(recipe)
+        self._tracker.log_text(self.recipe_text, "recipe.yaml")
+
+    def layers_chosen(self, distances: Sequence[float] | None, chosen: list[int]) -> None:
+        """Log how far each layer turns the hidden state, where that decided."""
+        if distances is None:
+            return
+        self._figure(lambda: layer_distances(distances, chosen), "layer_distances.png")
+        for index, distance in enumerate(distances):
+            self._tracker.log_metrics({"angular_distance": distance}, step=index)
+
+    def fitted(
+        self, record: ModuleRecord, W: torch.Tensor, mean_square: torch.Tensor | None
+    ) -> None:
+        """Log one fitted module, whose dense weight was ``W``."""
+        assert record.rank is not None
+        assert record.relative_error is not None and record.seconds is not None
+        logger.info(
+            f"{record.name}: {record.out_features}x{record.in_features} as {record.form} of rank "
+            f"{record.rank}, relative error {record.relative_error:.4f}, {record.seconds:.2f} s"
+        )
+        if self._tracker.run_id is None:
+            return
+        done = sum(r.seconds is not None for r in self.records.values())
+        self._tracker.log_metrics(
+            {"relative_error": record.relative_error, "module_seconds": record.seconds}, step=done
+        )
+        if min(W.shape) <= SPECTRUM_SIDE or W.device.type != "cpu":
+            values = weighted_spectrum(W, mean_square).tolist()
+            self._spectra[record.name] = (values, record.rank)
+
+    def fail(self, error: BaseException | str) -> None:
+        """Close the run as failed."""
+        self._losses.close()
+        self._tracker.finish(error=error)
+
+    def finish(self, model: nn.Module) -> None:
+        """Print the table, log the totals, the table and the figures, and close the run."""
+        self._losses.close()
+        for name, loss in self._losses.by_module.items():
+            owner, _, factor = name.removesuffix(".").rpartition(".")
+            if owner in self.records:
+                self.records[owner].losses[factor] = loss
+        records = list(self.records.values())
+        totals = summarize(records, self._parameters_before)
+        table = format_table(records, totals)
+        logger.info(f"CURModifier\n{table}")
+
+        tracker = self._tracker
+        tracker.log_metrics(totals.metrics() | self._resources(model))
+        tracker.log_table([record.row() for record in records], "layers.csv")
+        tracker.log_text(table + "\n", "summary.txt")
+        ranks = {r.name: r.rank for r in records if r.rank is not None}
+        if ranks:
+            self._figure(lambda: rank_map(ranks), "rank_map.png")
+        if self._spectra:
+            self._figure(lambda: spectra(self._spectra), "spectra.png")
+        tracker.finish()
+        if tracker.run_id is not None:
+            logger.info(f"MLflow run {tracker.run_id}: see it with `mlflow ui`")
+
+    def _resources(self, model: nn.Module) -> dict[str, float]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        metrics: dict[str, float] = {
+            "bytes_model_before": self._bytes_before,
+            "bytes_model_after": parameter_bytes(model),
+            "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        }
+        if torch.accelerator.is_available():
+            metrics["peak_accelerator_bytes"] = torch.accelerator.max_memory_allocated()
+        return metrics
+
+    def _figure(self, draw: Callable[[], Any], artifact: str) -> None:
+        if self._tracker.run_id is None:
+            return
+        try:
+            self._tracker.log_figure(draw(), artifact)
+        except Exception as error:  # no drawing is worth hours of compression
+            logger.warning(f"{artifact} could not be drawn and is left out: {error!r}")
