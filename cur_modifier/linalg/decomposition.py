@@ -36,8 +36,6 @@ def cur(
     rows: torch.Tensor,
     columns: torch.Tensor,
     gram: torch.Tensor | None = None,
-    *,
-    noise: float = 0.0,
 ) -> CUR:
     """CUR with given rows and columns and the best core for them.
 
@@ -48,8 +46,6 @@ def cur(
         W: ``(m, n)``.
         rows, columns: ``r`` indices each.
         gram: ``G``.
-        noise: relative error power that ``R x`` will suffer later, as from quantizing ``R``; ``U``
-            is fitted to survive it. 0 gives the formula above.
 
     Cost: ``2 m n r`` flops and QR of ``(m, r)`` and ``(n, r)``; with a full ``G`` another
     ``2 n² r``, in float64.
@@ -70,10 +66,10 @@ def cur(
     require_indices(rows, W.shape[0], "rows")
     require_indices(columns, W.shape[1], "columns")
     C, R = W[:, columns], W[rows, :]
-    if gram is None and not noise:
+    if gram is None:
         U = solve(R.mT, solve(C, W, W.dtype).mT, W.dtype).mT
     else:
-        U = solve(C.double(), fit_right(W.double(), R.double(), gram, W.dtype, noise), W.dtype)
+        U = solve(C.double(), fit_right(W.double(), R.double(), gram, W.dtype), W.dtype)
     return CUR(C=C, U=U.to(W), R=R, rows=rows, columns=columns)
 
 

@@ -104,8 +104,8 @@ class CURModifier(Modifier):
     :param scores: what a row or column is worth to the selection; ``wanda`` for CUR
     :param selection: how rows and columns are picked; ``deim`` for CUR. A row ID without a
         selection is the compact form of the optimal approximation
-    :param fit: norm in which the free factors are fitted. Where a later stage quantizes the
-        factors, the fit also expects the noise that its bits bring
+    :param fit: norm in which the free factors are fitted. Where a later stage quantizes a row ID,
+        its interpolation also expects the noise that the bits bring
     :param rank: how the rank is chosen, see ``RankConfig``
     :param layers: which decoder layers, see ``LayersConfig``
     :param multiple_of: every rank is a multiple of this. The rank is the number of inputs of the
@@ -309,8 +309,9 @@ class CURModifier(Modifier):
         record.parameters_after = stored_parameters(
             self.form, m, n, candidate.rank, bias=candidate.bias
         )
-        # Followers are known only now; the pass that fits the factors runs without them in sight.
-        record.expected_noise = quantization_noise(follower_bits(self, candidate, self.form))
+        if self.form is Form.ID:
+            # Followers are known only now; the pass that fits the factors runs without them.
+            record.expected_noise = quantization_noise(follower_bits(self, candidate, self.form))
         container = candidate.skeleton(self.form)
         container.stand_in(candidate.linear)
         container.train(candidate.linear.training)
