@@ -36,12 +36,23 @@ class FactoredLinear(nn.Module):
         in_features, out_features, rank: ``n``, ``m``, ``r``.
         form: the storage form, "cur" or "id".
         factor_names: names of the ``nn.Linear`` children, in the order they are applied.
+
+    Subclasses make their factors with ``bias``, ``device`` and ``dtype``.
     """
 
     form: str
     factor_names: tuple[str, ...]
 
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         limit = min(in_features, out_features)
         if not 1 <= rank <= limit:
@@ -53,6 +64,28 @@ class FactoredLinear(nn.Module):
         self.rank = rank
         # A one-element list hides the dense layer from `named_modules`: followers must not see it.
         self._stand_in: list[nn.Linear] = []
+
+    @classmethod
+    def from_factors(
+        cls,
+        factors: CUR | RowID,
+        bias: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A layer holding ``factors``, on their device and in their dtype unless told otherwise."""
+        m, n = factors.shape
+        like = next(iter(vars(factors).values()))
+        layer = cls(
+            n,
+            m,
+            factors.rank,
+            bias=bias is not None,
+            device=like.device,
+            dtype=dtype or like.dtype,
+        )
+        layer.load_factors(factors, bias)
+        return layer
 
     @property
     def factors(self) -> dict[str, nn.Linear]:
@@ -158,27 +191,6 @@ class CURLinear(FactoredLinear):
         for name in ("rows", "columns"):
             self.register_buffer(name, torch.zeros(rank, dtype=torch.int32, device=device))
 
-    @classmethod
-    def from_factors(
-        cls,
-        factors: CUR,
-        bias: torch.Tensor | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """A layer holding ``factors``; on their device and in their dtype unless told otherwise."""
-        layer = cls(
-            factors.R.shape[1],
-            factors.C.shape[0],
-            factors.rank,
-            bias=bias is not None,
-            device=device or factors.C.device,
-            dtype=dtype or factors.C.dtype,
-        )
-        layer.load_factors(factors, bias)
-        return layer
-
     def load_factors(
         self, factors: CUR, bias: torch.Tensor | None = None, *, write: Write = copy_tensor
     ) -> None:
@@ -235,27 +247,6 @@ class InterpolativeLinear(FactoredLinear):
         zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if zeros is None else nn.Parameter(zeros)
         self.register_buffer("order", torch.zeros(out_features, dtype=torch.int32, device=device))
-
-    @classmethod
-    def from_factors(
-        cls,
-        factors: RowID,
-        bias: torch.Tensor | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """A layer holding ``factors``; on their device and in their dtype unless told otherwise."""
-        layer = cls(
-            factors.S.shape[1],
-            factors.order.shape[0],
-            factors.rank,
-            bias=bias is not None,
-            device=device or factors.S.device,
-            dtype=dtype or factors.S.dtype,
-        )
-        layer.load_factors(factors, bias)
-        return layer
 
     def load_factors(
         self, factors: RowID, bias: torch.Tensor | None = None, *, write: Write = copy_tensor

@@ -50,8 +50,8 @@ def cur(
     Cost: ``2 m n r`` flops and QR of ``(m, r)`` and ``(n, r)``; with a full ``G`` another
     ``2 n² r``, in float64.
 
-    Source: Sorensen and Embree 2016, section 2 (the core); Park and Nakatsukasa 2025 and DESIGN §2
-    (its form under activations).
+    Source: Sorensen and Embree 2016 (the plain core). Under activations it is the same least
+    squares, of ``W G^{1/2}`` by ``C`` and ``R G^{1/2}``.
 
     Raises:
         ValueError: ``W`` or ``gram`` is not finite or does not fit, or rows and columns differ in
@@ -90,7 +90,7 @@ def low_rank(
     ``(n, n)``; ``5 (4 m n + 2 n²) r`` by subspace iteration. Squaring ``W`` on the way, it resolves
     singular values down to about 1e-8 of the largest.
 
-    Source: Eckart and Young 1936 applied to ``W G^{1/2}``; DESIGN §2.
+    Source: Eckart and Young 1936 applied to ``W G^{1/2}``.
 
     Raises:
         ValueError: ``W`` or ``gram`` is not finite or does not fit, or the rank is outside

@@ -24,6 +24,11 @@ class CUR:
     def rank(self) -> int:
         return self.U.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)`` of the product."""
+        return self.C.shape[0], self.R.shape[1]
+
     def dense(self) -> torch.Tensor:
         """The product ``(m, n)``."""
         return self.C @ (self.U @ self.R)
@@ -44,6 +49,11 @@ class RowID:
     @property
     def rank(self) -> int:
         return self.S.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)`` of the product."""
+        return self.order.shape[0], self.S.shape[1]
 
     @property
     def rows(self) -> torch.Tensor:

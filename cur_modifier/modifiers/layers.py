@@ -72,7 +72,7 @@ def choose_layers(
 
     Args:
         distances: angular distance by layer; needed for ``angular`` only. Ties go to the deeper
-            layer, as CURing's stable order does.
+            layer.
     """
     pool = candidate_layers(config, total)
     if config.select == "random":
@@ -94,7 +94,7 @@ def survey(
 
     Returns:
         The angular distance ``arccos(cos(h_in, h_out)) / π`` of every layer at the last real token,
-        averaged over the samples (Men et al. 2024; CURing section 4.1), and for every watched
+        averaged over the samples (Men et al. 2024, as used by CURing), and for every watched
         module the mean square ``(n,)`` of its inputs.
 
     Cost: one forward pass; memory ``n`` numbers a watched module.
