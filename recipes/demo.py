@@ -27,9 +27,9 @@ sys.path.insert(0, str(HERE.parent / "tools"))
 
 OUT = Path("demo_out")
 RECIPES = ("cur_then_gptq", "id_then_gptq")
-SAMPLES, SEQUENCE_LENGTH = 24, 256
+SAMPLES, SEQUENCE_LENGTH = 32, 384
 WINDOWS, WINDOW = 12, 512
-QUESTIONS = ("What is the capital of France?", "Name three primary colors.")
+QUESTIONS = ("What does a for loop do in Python?", "What is the capital of France?")
 
 
 @dataclass
@@ -59,8 +59,8 @@ def main() -> None:
 
     logging.set_verbosity_error()
     source = str(smollm2())
-    calibration, held_out = write_reference_text(OUT / "text")
     tokenizer = AutoTokenizer.from_pretrained(source)
+    calibration, held_out = write_reference_text(OUT / "text", tokenizer)
     windows = token_windows(
         read_documents(held_out), tokenizer, windows=WINDOWS, sequence_length=WINDOW
     )
@@ -113,17 +113,28 @@ def main() -> None:
     print(f"    {Path(sys.executable).parent / 'mlflow'} ui    # then open the address it prints")
 
 
-def write_reference_text(folder: Path) -> tuple[Path, Path]:
-    """CPython's reference topics as text: all but every fifth to calibrate on, those to evaluate "
-    "on."""
+def write_reference_text(folder: Path, tokenizer: Any) -> tuple[Path, Path]:
+    """CPython's reference topics as text: every fifth to evaluate on, the others to calibrate on.
+
+    Every other one of the latter is put as an answer in a chat, since the model will be asked to
+    chat: what calibration never shows, a compressed model may forget.
+    """
     from pydoc_data.topics import topics
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "calibration.txt", folder / "held_out.txt"
-    documents = [topics[key] for key in sorted(topics)]
-    held_out = documents[::5]
-    paths[0].write_text("\n\n".join(d for i, d in enumerate(documents) if i % 5))
-    paths[1].write_text("\n\n".join(held_out))
+    names = sorted(topics)
+    calibration = []
+    for index, name in enumerate(n for i, n in enumerate(names) if i % 5):
+        question = {"role": "user", "content": f"What is {name} in Python?"}
+        answer = {"role": "assistant", "content": topics[name]}
+        calibration.append(
+            tokenizer.apply_chat_template([question, answer], tokenize=False)
+            if index % 2
+            else topics[name]
+        )
+    paths[0].write_text("\n\n".join(calibration))
+    paths[1].write_text("\n\n".join(topics[name] for name in names[::5]))
     return paths
 
 
