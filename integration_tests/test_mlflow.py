@@ -79,10 +79,8 @@ def test_a_failing_stage_is_a_failed_run(tiny: Any, compress: Compress) -> None:
     assert "NaN or infinity" in run.data.tags["error"]
 
 
-def test_a_server_that_is_down_is_a_warning(
-    tiny: Any, compress: Compress, monkeypatch: pytest.MonkeyPatch, log: list[str]
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+def test_a_server_that_is_down_is_a_warning(tiny: Any, compress: Compress, log: list[str]) -> None:
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
     compress(tiny, CUR)
     assert any(isinstance(module, CURLinear) for module in tiny.modules())
     assert len([line for line in log if "127.0.0.1:9" in line]) == 1

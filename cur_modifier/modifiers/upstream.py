@@ -127,7 +127,10 @@ def prune_block(modifier: Modifier) -> int:
 
 
 def recipe_as_given() -> dict[str, Any]:
-    """The active recipe with just the fields that its author set, in plain types.
+    """The active recipe with the fields that its author set, in plain types.
+
+    A few that upstream's validators fill in as they parse (GPTQ's ``actorder``, ``observer``) come
+    along with the values that were used.
 
     llm-compressor's own dump of a recipe holds Python enum tags after GPTQ and does not load again.
     """
