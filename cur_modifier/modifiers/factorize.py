@@ -70,8 +70,7 @@ def factorize(
 
     Args:
         noise: relative error power that a later stage will bring to the skeleton of a row ID. CUR
-            takes no heed of it: its skeleton is real rows, whose combinations hardly cancel, and on
-            SmolLM2 a core fitted to the noise gained nothing.
+            takes no heed of it: on SmolLM2 a core fitted to the noise gained nothing.
 
     Raises:
         ValueError: as the routines of :mod:`cur_modifier.linalg`.
