@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from cur_modifier.factored import FactoredLinear
-from cur_modifier.layout import QUANT_METHOD, Layout, ModuleLayout
+from cur_modifier.layout import QUANT_METHOD, Layout, ModuleLayout, Producer, checksum
 
 __all__ = ["annotate", "layout_of", "wrap_save_pretrained"]
 
@@ -88,7 +88,8 @@ def annotate(directory: Path, layout: Layout, model_class: type) -> None:
         if section.get("quant_method") == QUANT_METHOD
         else section
     )
-    layout = layout.model_copy(update={"compressed_tensors": inner or None})
+    files = {file.name: checksum(file) for file in sorted(directory.glob("*.safetensors"))}
+    layout = layout.model_copy(update={"compressed_tensors": inner or None, "files": files})
     config["quantization_config"] = layout.write()
     config["transformers_weights"] = TRIPWIRE
     if model_class.__module__.startswith("transformers.models."):
@@ -208,11 +209,11 @@ def _is_source() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def _producer() -> str:
+def _producer() -> Producer:
     try:
-        return f"cur_modifier {version('cur-modifier')}"
+        return Producer(name="cur_modifier", version=version("cur-modifier"))
     except PackageNotFoundError:
-        return "cur_modifier"
+        return Producer(name="cur_modifier")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

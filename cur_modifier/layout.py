@@ -2,9 +2,11 @@
 
 It is the ``quantization_config`` of ``config.json``::
 
-    {"quant_method": "cur", "version": 1, "producer": "cur_modifier 0.1.0",
+    {"quant_method": "cur", "version": 1,
+     "producer": {"name": "cur_modifier", "version": "0.1.0"},
      "modules": {"model.layers.3.self_attn.q_proj":
          {"form": "cur", "rank": 192, "in_features": 576, "out_features": 576, "bias": false}},
+     "files": {"model.safetensors": "<SHA-256>"},
      "compressed_tensors": {...}}        # as compressed-tensors wrote it, or null
 
 Imports pydantic only, so that any reader can use it: the transformers quantizer, the vLLM plugin,
@@ -13,6 +15,10 @@ a script on a laptop.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,6 +29,8 @@ __all__ = [
     "Layout",
     "LayoutError",
     "ModuleLayout",
+    "Producer",
+    "checksum",
 ]
 
 QUANT_METHOD = "cur"
@@ -83,16 +91,51 @@ class ModuleLayout(BaseModel):
             return {"cur_r": (r, n), "cur_u": (r, r), "cur_c": (m, r)}
         return {"id_s": (r, n), "id_t": (m - r, r)}
 
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor below the module's name, as if none were quantized.
+
+        Raises:
+            LayoutError: as :attr:`factor_shapes`.
+        """
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{factor}.weight": shape for factor, shape in self.factor_shapes.items()
+        }
+        if self.form == "cur":
+            shapes |= {"rows": (self.rank,), "columns": (self.rank,)}
+        else:
+            shapes["order"] = (self.out_features,)
+        if self.bias:
+            shapes["cur_c.bias" if self.form == "cur" else "bias"] = (self.out_features,)
+        return shapes
+
+
+class Producer(BaseModel):
+    """Who wrote a checkpoint: an object with a name, as ModelOpt has it and vLLM expects it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = ""
+    version: str = ""
+
 
 class Layout(BaseModel):
-    """The whole ``quantization_config`` of a factored checkpoint."""
+    """The whole ``quantization_config`` of a factored checkpoint.
+
+    Attributes:
+        modules: the factored Linears by name.
+        files: SHA-256 of every weights file by name. Where it is empty, nothing is compared.
+        compressed_tensors: how factors and other layers are quantized, as compressed-tensors
+            wrote it.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     quant_method: Literal["cur"] = "cur"
     version: int = SCHEMA_VERSION
-    producer: str = ""
+    producer: Producer = Field(default_factory=Producer)
     modules: dict[str, ModuleLayout]
+    files: dict[str, str] = Field(default_factory=dict)
     compressed_tensors: dict[str, Any] | None = None
 
     @classmethod
@@ -126,3 +169,67 @@ class Layout(BaseModel):
             for name, module in self.modules.items()
         }
         return section
+
+    def check_supported(self) -> None:
+        """Refuse what the schema knows and this version does not build.
+
+        Raises:
+            LayoutError: it names the module and the variant.
+        """
+        for name, module in self.modules.items():
+            try:
+                _ = module.factor_shapes
+            except LayoutError as error:
+                raise LayoutError(f"{name}: {error}") from error
+
+    def check_tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare the tensors of a checkpoint, by name and shape, with what this layout asks for.
+
+        Raises:
+            LayoutError: a missing tensor, or one whose shape disagrees.
+        """
+        self.check_supported()
+        for name, module in self.modules.items():
+            for key, shape in module.tensor_shapes.items():
+                full = f"{name}.{key}"
+                # compressed-tensors packs the inputs of a weight; its rows stay rows.
+                packed = shapes.get(f"{full}_packed")
+                found = shapes.get(full, packed and (packed[0], *shape[1:]))
+                if found is None:
+                    raise LayoutError(
+                        f"{full} is missing from the checkpoint. Download or save it again."
+                    )
+                if tuple(found) != shape:
+                    raise LayoutError(
+                        f"{full} has shape {tuple(found)}; config.json gives rank {module.rank}, "
+                        f"so {shape}. config.json was edited, or belongs to another checkpoint."
+                    )
+
+    def check_files(self, directory: Path) -> None:
+        """Compare the weights files in ``directory`` with their checksums; reads all of them.
+
+        Raises:
+            LayoutError: a file that is missing or was changed.
+        """
+        for name, expected in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                raise LayoutError(f"{path} is missing. Download or save the checkpoint again.")
+            if checksum(path) != expected:
+                raise LayoutError(
+                    f"{path} is not the file that was saved: its checksum differs from config.json's "
+                    "'files'. Download or save the checkpoint again, or remove that entry if the "
+                    "change is meant."
+                )
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file; computed once a process while the file does not change."""
+    state = path.stat()
+    return _checksum(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=None)
+def _checksum(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cur_modifier.factored import FACTORED_CLASSES
-from cur_modifier.layout import Layout, LayoutError, ModuleLayout
+from cur_modifier.layout import Layout, LayoutError, ModuleLayout, Producer
 
 MODULE = {"form": "cur", "rank": 4, "in_features": 8, "out_features": 6, "bias": False}
 
@@ -43,7 +43,7 @@ def test_written_layouts_are_read_back(
         order=order,
         shared_skeleton=shared,
     )
-    layout = Layout(producer="test", modules={"a": module}, compressed_tensors={"format": "x"})
+    layout = Layout(producer=Producer(name="test"), modules={"a": module}, compressed_tensors={"format": "x"})
     assert Layout.read(json.loads(json.dumps(layout.write()))) == layout
 
 

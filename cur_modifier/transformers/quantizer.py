@@ -6,6 +6,7 @@ factored modules.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,9 +88,9 @@ class CURQuantizer(HfQuantizer):
         return config if self.inner is None else self.inner.update_tp_plan(config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        modules = self.quantization_config.layout.modules
-        _check_files(modules, kwargs.get("checkpoint_files") or [])
-        for name, module in modules.items():
+        layout = self.quantization_config.layout
+        _check_files(layout, kwargs.get("checkpoint_files") or [])
+        for name, module in layout.modules.items():
             _swap(model, name, module, kwargs.get("dtype"))
         if self.inner is not None:
             self.inner._process_model_before_weight_loading(model, **kwargs)
@@ -143,31 +144,19 @@ def _swap(model: nn.Module, name: str, layout: ModuleLayout, dtype: torch.dtype 
     setattr(model.get_submodule(parent_name), child, factored)
 
 
-def _check_files(modules: dict[str, ModuleLayout], files: list[str]) -> None:
+def _check_files(layout: Layout, files: list[str]) -> None:
     """Refuse a checkpoint that lacks a factor: transformers would fill it with random numbers."""
-    shapes: dict[str, list[int]] = {}
+    if not files:
+        return
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
-                shapes[key] = tensors.get_slice(key).get_shape()
-    if not any(key.startswith(tuple(f"{name}." for name in modules)) for key in shapes):
-        if files:
-            raise LayoutError(
-                f"none of the {len(modules)} modules that config.json calls factored has a tensor "
-                f"in {files[0]}. The weights and config.json are not of one checkpoint."
-            )
-        return
-    for name, layout in modules.items():
-        for factor, shape in layout.factor_shapes.items():
-            key = f"{name}.{factor}.weight"
-            if key in shapes:
-                if tuple(shapes[key]) != shape:
-                    raise LayoutError(
-                        f"{key} has shape {tuple(shapes[key])}; config.json gives rank "
-                        f"{layout.rank}, so {shape}. config.json was edited, or belongs to another "
-                        "checkpoint."
-                    )
-            elif f"{key}_packed" not in shapes:
-                raise LayoutError(
-                    f"{key} is missing from the checkpoint. Download or save it again."
-                )
+                shapes[key] = tuple(tensors.get_slice(key).get_shape())
+    if not any(key.startswith(tuple(f"{name}." for name in layout.modules)) for key in shapes):
+        raise LayoutError(
+            f"none of the {len(layout.modules)} modules that config.json calls factored has a "
+            f"tensor in {files[0]}. The weights and config.json are not of one checkpoint."
+        )
+    layout.check_tensors(shapes)
+    layout.check_files(Path(files[0]).parent)

@@ -1,0 +1,200 @@
+"""The quantization method ``cur`` of vLLM: which Linears are factored, and what becomes of the rest.
+
+Nothing of vLLM is patched. Modules that are not factored go where compressed-tensors sends them, or
+to vLLM's unquantized method.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from cur_modifier.layout import QUANT_METHOD, Layout, LayoutError, ModuleLayout
+
+__all__ = ["CURQuantizationConfig"]
+
+
+class CURQuantizationConfig(QuantizationConfig):
+    """A factored checkpoint's ``quantization_config``.
+
+    Attributes:
+        modules: the factored Linears by the name that vLLM gives them.
+        inner: how the factors and the other layers are quantized; None where nothing is.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.inner: QuantizationConfig | None = None
+        if layout.compressed_tensors:
+            self.inner = get_quantization_config("compressed-tensors").from_config(
+                copy.deepcopy(layout.compressed_tensors)  # which it changes
+            )
+        super().__init__()
+        self.layout = layout
+        self.modules = dict(layout.modules)
+        self._claimed: set[str] = set()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Read the section of ``config.json``.
+
+        Raises:
+            LayoutError: an unknown schema version, or a variant that this version does not serve.
+        """
+        layout = Layout.read(config)
+        layout.check_supported()
+        return cls(layout)
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        ours = [torch.float32, torch.bfloat16, torch.float16]
+        theirs = self.inner.get_supported_act_dtypes() if self.inner else ours
+        return [dtype for dtype in ours if dtype in theirs]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return get_quantization_config("compressed-tensors").get_min_capability()
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # all is in config.json
+
+    @property
+    def packed_modules_mapping(self) -> dict[str, list[str]]:
+        """Checkpoint names of what vLLM fuses, by the fused module's name; vLLM writes it."""
+        return self._packed
+
+    @packed_modules_mapping.setter
+    def packed_modules_mapping(self, value: dict[str, list[str]]) -> None:
+        self._packed = value
+        if self.inner is not None:
+            self.inner.packed_modules_mapping = value
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Compare the files with ``config.json`` before anything is built.
+
+        A checkpoint that is still to be downloaded is checked as its tensors arrive.
+        """
+        super().maybe_update_config(model_name, hf_config=hf_config, revision=revision)
+        if Path(model_name).is_dir():
+            self.layout.check_tensors(_shapes(Path(model_name)))
+            self.layout.check_files(Path(model_name))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Call the modules what vLLM's model class calls them."""
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+        if self.inner is not None:
+            self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
+        self._check_tensor_parallel()
+
+    def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
+        """As the base class. vLLM asks for it when the model is built, before the first weight.
+
+        Raises:
+            LayoutError: a factored module that the model class has no Linear for.
+        """
+        missing = sorted(set(self.modules) - self._claimed)
+        if missing and get_current_vllm_config().parallel_config.pipeline_parallel_size == 1:
+            raise LayoutError(
+                f"config.json says that {missing[0]} is factored"
+                f"{f' (and {len(missing) - 1} more)' if missing[1:] else ''}, but the model that "
+                "vLLM built has no Linear of that name. Is it an expert of a mixture, or a part "
+                "that vLLM merges in a way of its own? Compress the model again without it."
+            )
+        return super().get_checkpoint_weight_mapper()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Our method for a Linear with at least one factored part, else compressed-tensors' or
+        vLLM's own.
+
+        Raises:
+            LayoutError: factored modules inside a layer that is no Linear.
+        """
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from cur_modifier.vllm.linear import FactoredLinearMethod
+
+        if isinstance(layer, LinearBase):
+            names = self._parts(prefix)
+            parts = {name: self.modules.get(name) for name in names}
+            if any(parts.values()):
+                self._claimed.update(parts)
+                return FactoredLinearMethod(parts, self.inner)
+        elif prefix and (inside := [m for m in self.modules if m.startswith(f"{prefix}.")]):
+            raise LayoutError(
+                f"{inside[0]} is factored, but vLLM runs it inside {prefix} as one "
+                f"{type(layer).__name__}, which this plugin does not serve. Compress the model "
+                f"again with 're:.*{prefix.rpartition('.')[2]}.*' in the stage's ignore."
+            )
+        if self.inner is not None:
+            return self.inner.get_quant_method(layer, prefix)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _parts(self, prefix: str) -> list[str]:
+        """Checkpoint names of the Linears that the one called ``prefix`` holds, in its order."""
+        if prefix in self.modules:
+            return [prefix]
+        parent, dot, child = prefix.rpartition(".")
+        return [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(child, [child])]
+
+    def _check_tensor_parallel(self) -> None:
+        """Say what does not divide while its name is known: vLLM's own assertions do not.
+
+        A part of a fused module is split by its outputs, a module that writes the residual stream
+        by its inputs. Attention goes by heads.
+        """
+        config = get_current_vllm_config()
+        size = config.parallel_config.tensor_parallel_size
+        heads = config.model_config.get_total_num_kv_heads()
+        width = config.model_config.get_hidden_size()
+        for name, module in self.modules.items():
+            if name.endswith((".q_proj", ".k_proj", ".v_proj", ".qkv_proj")):
+                if heads % size and size % heads:
+                    raise LayoutError(
+                        f"{name}: {heads} key/value heads can be neither split over nor repeated "
+                        f"on {size} ranks. Use a --tensor-parallel-size that divides {heads}, or "
+                        "that it divides."
+                    )
+            elif dimension := _split_dimension(module, width):
+                if dimension % size:
+                    raise LayoutError(
+                        f"{name}: {dimension} does not divide by {size} ranks. Use a "
+                        f"--tensor-parallel-size that divides {dimension}."
+                    )
+
+
+def _split_dimension(module: ModuleLayout, width: int) -> int | None:
+    """What tensor parallelism splits, as far as the shape alone tells."""
+    if module.in_features == width < module.out_features:  # a router's few outputs are not split
+        return module.out_features
+    if module.out_features == width != module.in_features:
+        return module.in_features
+    return None
+
+
+def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in ``directory``, from the headers alone."""
+    shapes = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
+        except SafetensorError as error:
+            raise LayoutError(
+                f"{path} is truncated or corrupt ({error}). Download or save it again."
+            ) from error
+    return shapes

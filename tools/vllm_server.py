@@ -1,0 +1,157 @@
+"""``vllm serve`` as a child process: started, waited for, asked, stopped.
+
+The demo, the serving tests and the benchmarks use it. vLLM lives in an environment of its own, so
+its program is found beside the Python that ``CUR_SERVE_PYTHON`` names, else on the ``PATH``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CPU_SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_INT4_W4A8": "0",  # 4-bit weights with 16-bit activations, on every CPU
+}
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or ended; the message ends with its log."""
+
+
+class Server:
+    """A running ``vllm serve``.
+
+    Attributes:
+        url: of the server, without a path.
+        process: the process that was started; its children are vLLM's engine and workers.
+        log: the file that all of them write to.
+    """
+
+    def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.url = url
+        self.process = process
+        self.log = log
+
+    def get(self, path: str, *, timeout: float = 60) -> str:
+        """The answer to a GET."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=timeout) as answer:
+            return answer.read().decode()
+
+    def post(self, path: str, body: Mapping[str, Any], *, timeout: float = 600) -> Any:
+        """The JSON answer to a POST of ``body``."""
+        request = urllib.request.Request(
+            f"{self.url}{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.load(answer)
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The end of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def ready(self) -> bool:
+        """Whether it answers."""
+        try:
+            self.get("/health", timeout=5)
+        except (urllib.error.URLError, OSError):
+            return False
+        return True
+
+
+def vllm_program() -> Path:
+    """Path of the ``vllm`` program.
+
+    Raises:
+        ServerError: there is none; the message says how to make the environment.
+    """
+    python = os.environ.get("CUR_SERVE_PYTHON")
+    found = shutil.which("vllm", path=str(Path(python).parent) if python else None)
+    if found is None:
+        raise ServerError(
+            f"no vllm program {f'beside {python}' if python else 'on the PATH'}. "
+            "`make .venvs/serve` makes an environment with vLLM."
+        )
+    return Path(found)
+
+
+@contextmanager
+def serve(
+    model: Path | str,
+    *arguments: str,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 300,
+) -> Iterator[Server]:
+    """Run ``vllm serve model arguments`` while the context lasts.
+
+    Args:
+        log: file for what the server prints.
+        environment: variables beside the present ones and ``CPU_SETTINGS``.
+        timeout: seconds to wait for the first answer.
+
+    Raises:
+        ServerError: no answer in time, or the server ended first.
+    """
+    port = _free_port()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(vllm_program()), "serve", str(model), "--port", str(port), *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**CPU_SETTINGS, **os.environ, **(environment or {})},
+            start_new_session=True,  # a group of its own, so that all of it can be ended
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        deadline = time.monotonic() + timeout
+        while not server.ready():
+            if process.poll() is not None:
+                raise ServerError(
+                    f"vllm serve {model} ended with status {process.returncode}:\n"
+                    f"{server.log_tail(120)}"
+                )
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"vllm serve {model} did not answer within {timeout:.0f} s:\n"
+                    f"{server.log_tail()}"
+                )
+            time.sleep(0.5)
+        yield server
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes], *, patience: float = 30) -> None:
+    """Ask the server to end, and end what is left of its group."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
