@@ -32,7 +32,7 @@ help: ## list the targets
 	@echo "Variables: DEVICE=$(DEVICE) (cpu, cuda)  TORCH=$(TORCH)  TORCH_INDEX=$(TORCH_INDEX)" \
 		"PYTHON=$(PYTHON)  VENVS=$(VENVS)"
 
-demo: $(COMPRESS_READY) ## compress a small model, show what it cost and saved, and chat with it
+demo: $(COMPRESS_READY) $(SERVE_READY) ## compress a small model, show what it cost and saved, chat with it, and serve it with vLLM
 	$(COMPRESS)/bin/python recipes/demo.py
 
 test: $(SERVE_READY) lint ## check everything: lint, then all tests

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -217,8 +217,8 @@ class Layout(BaseModel):
                 raise LayoutError(f"{path} is missing. Download or save the checkpoint again.")
             if checksum(path) != expected:
                 raise LayoutError(
-                    f"{path} is not the file that was saved: its checksum differs from config.json's "
-                    "'files'. Download or save the checkpoint again, or remove that entry if the "
+                    f"{path} is not the file that was saved: its checksum differs from "
+                    "config.json's 'files'. Download or save it again, or remove that entry if the "
                     "change is meant."
                 )
 
@@ -229,7 +229,7 @@ def checksum(path: Path) -> str:
     return _checksum(path, state.st_size, state.st_mtime_ns)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _checksum(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

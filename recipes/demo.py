@@ -1,15 +1,18 @@
-"""Compress SmolLM2-135M with two recipes, say what it cost and what it saved, and chat with the
-result.
+"""Compress SmolLM2-135M with two recipes, say what it cost and what it saved, chat with the
+result, and serve it with vLLM.
 
     make demo
 
 Calibrates on the reference text that CPython ships (`pydoc_data.topics`) and measures perplexity on
-a part of it that was held out, so it needs no data set. Writes to `demo_out/` and to MLflow.
+a part of it that was held out, so it needs no data set. vLLM is run in an environment of its own,
+the one that `make .venvs/serve` makes. Writes to `demo_out/` and to MLflow.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -30,6 +33,15 @@ RECIPES = ("cur_then_gptq", "id_then_gptq")
 SAMPLES, SEQUENCE_LENGTH = 32, 384
 WINDOWS, WINDOW = 12, 512
 QUESTIONS = ("What does a for loop do in Python?", "What is the capital of France?")
+ANSWER_TOKENS = 40
+SERVED, SERVED_NAME = "ID + GPTQ W4A16", "smollm2-id"  # the smallest of the checkpoints
+SERVE_ARGUMENTS = (
+    "--served-model-name",
+    SERVED_NAME,
+    "--max-model-len",
+    "1024",
+    "--enforce-eager",  # one answer is not worth the time that compiling takes on a CPU
+)
 
 
 @dataclass
@@ -44,8 +56,9 @@ class Row:
 
 
 def main() -> None:
-    """Dense, then each recipe without and with its quantization stage."""
+    """Dense, then each recipe without and with its quantization stage, then one of them served."""
     started = time.perf_counter()
+    check_serving()
     import torch
     import yaml
     from run import compress, weight_bytes
@@ -92,7 +105,7 @@ def main() -> None:
             (f"{form} + GPTQ W4A16", HERE / f"{name}.yaml"),
         ):
             print(f"\n== {label}: {recipe}", flush=True)
-            directory = OUT / label.lower().replace(" + ", "-").replace(" ", "-")
+            directory = directory_of(label)
             with tracked_run(f"demo {label}") as log_metric:
                 seconds = compress(
                     recipe,
@@ -108,9 +121,23 @@ def main() -> None:
 
     print_table(rows)
     print_answers(answers)
+    serve_and_chat(directory_of(SERVED), QUESTIONS[0])
     print(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes; checkpoints in {OUT}/.")
     print("Every run, with its figures and per-layer table:")
     print(f"    {Path(sys.executable).parent / 'mlflow'} ui    # then open the address it prints")
+
+
+def check_serving() -> None:
+    """Raise where the last step could not run: now, and not after minutes of compression."""
+    import openai  # noqa: F401
+    from vllm_server import vllm_program
+
+    vllm_program()
+
+
+def directory_of(label: str) -> Path:
+    """Where the checkpoint of a row of the table is saved."""
+    return OUT / label.lower().replace(" + ", "-").replace(" ", "-")
 
 
 def write_reference_text(folder: Path, tokenizer: Any) -> tuple[Path, Path]:
@@ -185,7 +212,7 @@ def chat(model: Any, tokenizer: Any, question: str) -> str:
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
     return tokenizer.decode(
         output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True
     ).strip()
@@ -217,5 +244,68 @@ def print_answers(answers: dict[str, list[str]]) -> None:
             print(f"   {label:<18} {' '.join(replies[index].split())}")
 
 
+def serve_and_chat(directory: Path, question: str) -> None:
+    """Serve a checkpoint with `vllm serve`, ask it a question as an OpenAI client, and end it."""
+    from vllm_server import serve
+
+    log = OUT / "vllm.log"
+    print(f"\n== Serving {directory} with vLLM. To do the same:\n")
+    print_serve_commands(directory, question)
+    print(f"\nStarting the server; its log is {log}", flush=True)
+    started = time.perf_counter()
+    with serve(directory, *SERVE_ARGUMENTS, log=log) as server:
+        print(f"Up after {time.perf_counter() - started:.0f} s at {server.url}")
+        print(f"\nQ: {question}\n   {'vLLM':<18} ", end="", flush=True)
+        stream_answer(f"{server.url}/v1", question)
+        stopping = time.perf_counter()
+    how = "ended by itself" if server.ended_by_itself else "did not end and was killed"
+    print(
+        f"\nSent SIGTERM: the server {how} after {time.perf_counter() - stopping:.1f} s "
+        f"(exit status {server.process.returncode})"
+    )
+
+
+def chat_request(question: str) -> dict[str, Any]:
+    """A request for the greedy answer to one question, as the API of OpenAI has it."""
+    return {
+        "model": SERVED_NAME,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": ANSWER_TOKENS,
+    }
+
+
+def stream_answer(base_url: str, question: str) -> None:
+    """Print a server's answer as it arrives, on one line like the answers before it."""
+    import openai
+
+    # Retries would hide what the server's log shows.
+    client = openai.OpenAI(base_url=base_url, api_key="not needed", max_retries=0)
+    for chunk in client.chat.completions.create(**chat_request(question), stream=True):
+        for choice in chunk.choices:
+            print((choice.delta.content or "").replace("\n", " "), end="", flush=True)
+    print()
+
+
+def print_serve_commands(directory: Path, question: str) -> None:
+    """What to type to serve the checkpoint on vLLM's usual port, and to ask it the question."""
+    import torch
+    from vllm_server import CPU_SETTINGS, vllm_program
+
+    if not torch.cuda.is_available():
+        print("   ", *(f"{name}={value}" for name, value in CPU_SETTINGS.items()), "\\")
+    print("   ", shlex.join([os.path.relpath(vllm_program()), "serve", str(directory)]), "\\")
+    print("   ", shlex.join(SERVE_ARGUMENTS))
+    print()
+    print("    curl http://127.0.0.1:8000/v1/chat/completions \\")
+    print("    -H 'Content-Type: application/json' \\")
+    print("    -d", shlex.quote(json.dumps(chat_request(question))))
+
+
 if __name__ == "__main__":
-    main()
+    from vllm_server import ServerError
+
+    try:
+        main()
+    except ServerError as error:  # its message says what to do, or shows the server's log
+        sys.exit(f"error: {error}")

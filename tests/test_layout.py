@@ -43,7 +43,9 @@ def test_written_layouts_are_read_back(
         order=order,
         shared_skeleton=shared,
     )
-    layout = Layout(producer=Producer(name="test"), modules={"a": module}, compressed_tensors={"format": "x"})
+    layout = Layout(
+        producer=Producer(name="test"), modules={"a": module}, compressed_tensors={"format": "x"}
+    )
     assert Layout.read(json.loads(json.dumps(layout.write()))) == layout
 
 

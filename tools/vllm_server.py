@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,23 @@ class Server:
         url: of the server, without a path.
         process: the process that was started; its children are vLLM's engine and workers.
         log: the file that all of them write to.
+        ended_by_itself: what ``stop`` said of it; None until then.
     """
 
     def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.url = url
         self.process = process
         self.log = log
+        self.ended_by_itself: bool | None = None
 
     def get(self, path: str, *, timeout: float = 60) -> str:
         """The answer to a GET."""
         with urllib.request.urlopen(f"{self.url}{path}", timeout=timeout) as answer:
             return answer.read().decode()
+
+    def json(self, path: str, *, timeout: float = 60) -> Any:
+        """The JSON answer to a GET."""
+        return json.loads(self.get(path, timeout=timeout))
 
     def post(self, path: str, body: Mapping[str, Any], *, timeout: float = 600) -> Any:
         """The JSON answer to a POST of ``body``."""
@@ -131,24 +137,32 @@ def serve(
                     f"{server.log_tail()}"
                 )
             time.sleep(0.5)
-        yield server
+        try:
+            yield server
+        except Exception as error:  # the client's; what went wrong in the server is in the log
+            error.add_note(f"{log} ends:\n{server.log_tail()}")
+            raise
     finally:
-        stop(process)
+        server.ended_by_itself = stop(process)
 
 
-def stop(process: subprocess.Popen[bytes], *, patience: float = 30) -> None:
-    """Ask the server to end, and end what is left of its group."""
+def stop(process: subprocess.Popen[bytes], *, patience: float = 30) -> bool:
+    """Ask the server to end, and end what is left of its group.
+
+    Returns:
+        Whether the server ended by itself, before or within ``patience`` seconds of the SIGTERM.
+    """
+    by_itself = True
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(patience)
         except subprocess.TimeoutExpired:
-            pass
-    try:
+            by_itself = False
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
+    return by_itself
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""The quantization method ``cur`` of vLLM: which Linears are factored, and what becomes of the rest.
+"""The quantization method ``cur`` of vLLM: which Linears are factored, and who runs the others.
 
 Nothing of vLLM is patched. Modules that are not factored go where compressed-tensors sends them, or
 to vLLM's unquantized method.
@@ -100,7 +100,7 @@ class CURQuantizationConfig(QuantizationConfig):
             self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
         self._check_tensor_parallel()
 
-    def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> Any:
         """As the base class. vLLM asks for it when the model is built, before the first weight.
 
         Raises:
@@ -168,12 +168,11 @@ class CURQuantizationConfig(QuantizationConfig):
                         f"on {size} ranks. Use a --tensor-parallel-size that divides {heads}, or "
                         "that it divides."
                     )
-            elif dimension := _split_dimension(module, width):
-                if dimension % size:
-                    raise LayoutError(
-                        f"{name}: {dimension} does not divide by {size} ranks. Use a "
-                        f"--tensor-parallel-size that divides {dimension}."
-                    )
+            elif (dimension := _split_dimension(module, width)) and dimension % size:
+                raise LayoutError(
+                    f"{name}: {dimension} does not divide by {size} ranks. Use a "
+                    f"--tensor-parallel-size that divides {dimension}."
+                )
 
 
 def _split_dimension(module: ModuleLayout, width: int) -> int | None:

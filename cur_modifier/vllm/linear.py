@@ -11,7 +11,7 @@ factor by inputs; the others act on partial sums, and the reduction that vLLM do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,7 +82,7 @@ class FactoredLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -114,7 +114,7 @@ class FactoredLinearMethod(LinearMethodBase):
             runs.declare(slots)
         self.slots = slots
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Take the slots away, and note the order of the outputs.
 
         vLLM calls this before it prepares the kernels of the Linears below.
@@ -126,15 +126,13 @@ class FactoredLinearMethod(LinearMethodBase):
         orders, start = [], 0
         for part in layer.parts:
             orders.append(part.output_order() + start)
-            start += len(orders[-1])
+            start += part.entries
         order = torch.cat(orders)
-        if not torch.equal(order, torch.arange(len(order), device=order.device)):
+        if not torch.equal(order, torch.arange(start)):
             device = next(layer.parameters()).device
             layer.output_order = order.to(device)
 
-    def apply(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         pieces = [piece for part in layer.parts for piece in part(x)]
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         if layer.output_order is not None:
@@ -142,12 +140,10 @@ class FactoredLinearMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
-def split(
-    layer: nn.Module, layouts: Mapping[str, ModuleLayout | None], in_features: int
-) -> list[Part]:
+def split(layer: Any, layouts: Mapping[str, ModuleLayout | None], in_features: int) -> list[Part]:
     """How ``layer`` divides into parts, and its outputs over the ranks."""
     rank, size = layer.tp_rank, layer.tp_size
-    ids: Sequence[str | int]
+    ids: tuple[str | int, ...]
     if isinstance(layer, QKVParallelLinear):
         copies = layer.num_kv_head_replicas
         ids = ("q", "k", "v")
@@ -158,7 +154,8 @@ def split(
         ]
         places = [(rank, size), (rank // copies, size // copies), (rank // copies, size // copies)]
     elif isinstance(layer, MergedColumnParallelLinear):
-        ids, outs = range(len(layer.output_sizes)), list(layer.output_sizes)
+        outs = list(layer.output_sizes)
+        ids = tuple(range(len(outs)))
         places = [(rank, size)] * len(outs)
     else:
         column = isinstance(layer, ColumnParallelLinear)
@@ -270,10 +267,10 @@ def make_part(
     if part.layout.form == "cur":
         r = first("cur_r", rank)
         u = make(ReplicatedLinear, "cur_u", rank, rank)
-        return CURPart(part, r, u, last("cur_c", rank))
+        return CURPart(part, part.layout, r, u, last("cur_c", rank))
     interpolated = part.out_features - rank
     t = make(ReplicatedLinear, "id_t", rank, min(interpolated, part.width))
-    return RowIDPart(part, first("id_s", rank), t)
+    return RowIDPart(part, part.layout, first("id_s", rank), t)
 
 
 class PartLinear(nn.Module):
@@ -286,6 +283,11 @@ class PartLinear(nn.Module):
     def declare(self, slots: Slots) -> None:
         """Name every tensor of the part."""
         raise NotImplementedError
+
+    @property
+    def entries(self) -> int:
+        """Numbers that the pieces hold, for each token."""
+        return self.part.width
 
     def output_order(self) -> torch.Tensor:
         """Which entry of the pieces each of this rank's outputs is."""
@@ -312,8 +314,11 @@ class DensePart(PartLinear):
 class CURPart(PartLinear):
     """``C (U (R x))``, as stored."""
 
-    def __init__(self, part: Part, r: LinearBase, u: LinearBase, c: LinearBase) -> None:
+    def __init__(
+        self, part: Part, layout: ModuleLayout, r: LinearBase, u: LinearBase, c: LinearBase
+    ) -> None:
         super().__init__(part)
+        self.layout = layout
         self.cur_r, self.cur_u, self.cur_c = r, u, c
 
     def declare(self, slots: Slots) -> None:
@@ -321,7 +326,7 @@ class CURPart(PartLinear):
             slots.declare(self.part, name, getattr(self, name))
         for name in ("rows", "columns"):  # say where the factors come from; serving needs neither
             slots.add(self.part, name, lambda tensor: None)
-        if self.part.layout.bias:
+        if self.layout.bias:
             slots.add_bias(self.part, "cur_c.bias")
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -335,10 +340,11 @@ class RowIDPart(PartLinear):
     the parameters are made, so there is room for as many as it can be.
     """
 
-    def __init__(self, part: Part, s: LinearBase, t: LinearBase) -> None:
+    def __init__(self, part: Part, layout: ModuleLayout, s: LinearBase, t: LinearBase) -> None:
         super().__init__(part)
+        self.layout = layout
         self.id_s, self.id_t = s, t
-        self._order: torch.Tensor | None = None
+        self._mine: torch.Tensor | None = None  # the entries of the order for this rank's outputs
         self._waiting: list[Callable[[], None]] = []
 
     def declare(self, slots: Slots) -> None:
@@ -347,20 +353,9 @@ class RowIDPart(PartLinear):
         slots.add(self.part, "order", self._set_order)
 
     @property
-    def _mine(self) -> torch.Tensor:
-        """The entries of the order that belong to this rank's outputs."""
-        return torch.cat([self._order[start:stop] for start, stop in self.part.outputs])
-
-    def _rows(self) -> torch.Tensor:
-        """Rows of T for this rank, in the order of its outputs."""
-        rank = self.part.layout.rank
-        if self._whole:
-            return torch.arange(self.part.out_features - rank)
-        return self._mine[self._mine >= rank] - rank
-
-    @property
     def _whole(self) -> bool:
-        return self.id_t.output_size == self.part.out_features - self.part.layout.rank
+        """Whether this rank holds all rows of T."""
+        return self.id_t.output_size == self.part.out_features - self.layout.rank
 
     def _set_order(self, order: torch.Tensor) -> None:
         order = order.to("cpu", torch.int64)
@@ -369,12 +364,12 @@ class RowIDPart(PartLinear):
                 f"{self.part.name}.order is not a permutation of the {self.part.out_features} "
                 f"outputs. {DAMAGED}"
             )
-        self._order = order
+        self._mine = torch.cat([order[start:stop] for start, stop in self.part.outputs])
         for load in self._waiting:
             load()
         self._waiting = []
 
-    def _load_rows(self, param: nn.Parameter, tensor: torch.Tensor) -> None:
+    def _load_rows(self, param: Any, tensor: torch.Tensor) -> None:
         """Load the rows that this rank needs, when it is known which they are."""
         if self._whole or getattr(param, "output_dim", None) is None:
             self.id_t.weight_loader(param, tensor)
@@ -384,16 +379,22 @@ class RowIDPart(PartLinear):
                 "can't be split over ranks. Serve it with --tensor-parallel-size 1, or quantize "
                 "symmetrically."
             )
-        elif self._order is None:
+        elif len(tensor) != self.part.out_features - self.layout.rank:
+            raise ValueError(f"expected {self.part.out_features - self.layout.rank} rows")
+        elif self._mine is None:
             self._waiting.append(partial(self._load_rows, param, tensor))
         else:
-            rows = self._rows()
+            rows = self._mine[self._mine >= self.layout.rank] - self.layout.rank
             padding = rows.new_zeros(self.id_t.output_size - len(rows))
             self.id_t.weight_loader(param, tensor[torch.cat([rows, padding])])
 
+    @property
+    def entries(self) -> int:
+        return self.layout.rank + self.id_t.output_size
+
     def output_order(self) -> torch.Tensor:
-        rank = self.part.layout.rank
-        mine = self._mine
+        rank, mine = self.layout.rank, self._mine
+        assert mine is not None  # or the slots would have missed it
         if self._whole:
             return mine
         interpolated = mine >= rank
@@ -412,7 +413,7 @@ class Slots:
     after loading.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.loaders: dict[str, dict[Any, tuple[str, Callable[[torch.Tensor], None]]]] = {}
         self.missing: set[str] = set()

@@ -1,0 +1,102 @@
+"""What a checkpoint answers, through transformers and through a real ``vllm serve``."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import REPOSITORY, load_script
+from transformers import AutoModelForCausalLM
+
+vllm_server = load_script(REPOSITORY / "tools" / "vllm_server.py")
+
+MAX_LENGTH = 512
+# A test asks one thing at a time, and other tests run beside it: one thread, wherever it is free.
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Log-probabilities ``(n − 1,)`` of a prompt's tokens but the first, and a greedy continuation
+    of its first half."""
+
+    logprobs: torch.Tensor
+    greedy: list[int]
+
+    def distance(self, other: Answers) -> float:
+        """The largest difference in log-probability."""
+        return (self.logprobs - other.logprobs).abs().max().item()
+
+    def deviation(self, other: Answers) -> float:
+        """The root mean square difference in log-probability."""
+        return (self.logprobs - other.logprobs).square().mean().sqrt().item()
+
+
+def by_transformers(
+    path: Path, prompt: list[int], steps: int, dtype: torch.dtype = torch.float32
+) -> Answers:
+    """What ``from_pretrained`` answers."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+        chosen = logprobs.gather(-1, ids[0, 1:, None])[:, 0]
+        half = ids[:, : len(prompt) // 2]
+        output = model.generate(
+            half,
+            attention_mask=torch.ones_like(half),
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+        )
+    return Answers(chosen, output[0, half.shape[1] :].tolist())
+
+
+def by_server(server: Any, prompt: list[int], steps: int) -> Answers:
+    """What a running server answers."""
+    [model] = [entry["id"] for entry in server.json("/v1/models")["data"]]
+    request = {"model": model, "temperature": 0, "return_token_ids": True}
+    scored = server.post(
+        "/v1/completions", {**request, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0}
+    )["choices"][0]["prompt_logprobs"]
+    logprobs = [
+        entry[str(token)]["logprob"] for token, entry in zip(prompt[1:], scored[1:], strict=True)
+    ]
+    half = prompt[: len(prompt) // 2]
+    continued = server.post(
+        "/v1/completions",
+        {**request, "prompt": half, "max_tokens": steps, "min_tokens": steps},
+    )
+    return Answers(torch.tensor(logprobs), continued["choices"][0]["token_ids"])
+
+
+def served(
+    path: Path, log: Path, prompt: list[int], steps: int, *arguments: str, dtype: str = "float32"
+) -> Answers:
+    """What ``vllm serve path`` answers."""
+    with vllm_server.serve(
+        path,
+        "--dtype",
+        dtype,
+        "--max-model-len",
+        str(MAX_LENGTH),
+        *arguments,
+        log=log,
+        environment=ONE_THREAD,
+    ) as server:
+        return by_server(server, prompt, steps)
+
+
+def side_by_side(jobs: dict[str, Any]) -> dict[str, Any]:
+    """Results of the jobs by name, as many at a time as there are cores; errors as results.
+
+    Most of a server's start is one process that imports, so two start in little more than the time
+    of one.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {name: pool.submit(job) for name, job in jobs.items()}
+    return {name: future.exception() or future.result() for name, future in futures.items()}
