@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from datasets import Dataset
+from llmcompressor import oneshot
+from support import NO_PROCESSOR
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -25,7 +31,7 @@ from transformers import (
 )
 
 COMMON: dict[str, Any] = {
-    "vocab_size": 1024,
+    "vocab_size": 1152,  # vLLM splits it over ranks: 64 times two and three
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 3,
@@ -69,6 +75,38 @@ ARCHITECTURES: dict[str, Any] = {
     ),
 }
 
+# More of the same for tensor parallelism: six heads, for two and three ranks.
+SHAPES: dict[str, Any] = {
+    **ARCHITECTURES,
+    "llama_six_kv_heads": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **COMMON
+            | {
+                "hidden_size": 192,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 6,
+                "head_dim": 32,
+            },
+            attention_bias=True,
+            mlp_bias=True,
+        )
+    ),
+    "llama_one_kv_head": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **COMMON
+            | {
+                "hidden_size": 192,
+                "intermediate_size": 384,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 1,
+                "head_dim": 64,
+            },
+            attention_bias=True,
+            mlp_bias=True,
+        )
+    ),
+}
+
 # Two stages, so that fused modules hold CUR, row ID and dense parts side by side.
 CUR_TARGETS = "re:.*(self_attn.(q|qkv)|mlp.(gate|down))_proj$|.*fc1$"
 ID_TARGETS = "re:.*(self_attn.(k|o|out)|mlp.(up|gate_up))_proj$|.*fc2$"
@@ -77,9 +115,33 @@ ID_TARGETS = "re:.*(self_attn.(k|o|out)|mlp.(up|gate_up))_proj$|.*fc2$"
 def build(name: str, seed: int = 0) -> Any:
     """The model with random weights, large enough that its predictions are not all alike."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[name]().eval()
+    model = SHAPES[name]().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias") or (parameter.dim() > 1 and "embed" not in key):
                 parameter.normal_(std=0.1)
     return model
+
+
+def factor(
+    model: Any,
+    path: Path,
+    data: Dataset,
+    cur: dict[str, Any],
+    row_id: dict[str, Any],
+    then: dict[str, Any] | None = None,
+) -> Path:
+    """Save ``model`` at ``path`` after one oneshot with two CUR stages, and one that quantizes."""
+    dense = path.with_suffix(".dense")
+    model.save_pretrained(dense)  # llm-compressor copies files from where a model came from
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    stages: dict[str, Any] = {
+        "cur_modifiers": {"CURModifier": {"mlflow": False, **cur}},
+        "id_modifiers": {"CURModifier": {"mlflow": False, **row_id}},
+    }
+    if then:
+        stages["then_modifiers"] = then
+    recipe = yaml.safe_dump({"compress_stage": stages}, sort_keys=False)
+    oneshot(model=model, recipe=recipe, dataset=data, processor=NO_PROCESSOR)
+    model.save_pretrained(path)
+    return path

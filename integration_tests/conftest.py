@@ -105,6 +105,15 @@ def tiny_data() -> Dataset:
     )
 
 
+@pytest.fixture(scope="session")
+def random_tokens() -> Dataset:
+    """Random tokens for the models in architectures.py."""
+    ids = torch.randint(3, 1024, (8, 64), generator=torch.Generator().manual_seed(1))
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    )
+
+
 @pytest.fixture
 def tiny(tiny_checkpoint: Path) -> Any:
     """A fresh tiny model."""

@@ -74,20 +74,23 @@ def by_server(server: Any, prompt: list[int], steps: int) -> Answers:
     return Answers(torch.tensor(logprobs), continued["choices"][0]["token_ids"])
 
 
+def serve_quietly(path: Path, log: Path, *arguments: str, dtype: str = "float32") -> Any:
+    """The context of a ``vllm serve path`` that leaves room for others."""
+    return vllm_server.serve(
+        path,
+        *("--dtype", dtype, "--max-model-len", str(MAX_LENGTH)),
+        *arguments,
+        log=log,
+        environment=ONE_THREAD,
+        timeout=800,
+    )
+
+
 def served(
     path: Path, log: Path, prompt: list[int], steps: int, *arguments: str, dtype: str = "float32"
 ) -> Answers:
     """What ``vllm serve path`` answers."""
-    with vllm_server.serve(
-        path,
-        "--dtype",
-        dtype,
-        "--max-model-len",
-        str(MAX_LENGTH),
-        *arguments,
-        log=log,
-        environment=ONE_THREAD,
-    ) as server:
+    with serve_quietly(path, log, *arguments, dtype=dtype) as server:
         return by_server(server, prompt, steps)
 
 

@@ -59,6 +59,13 @@ W4A16 = {
     }
 }
 ROUND_TO_NEAREST = {"QuantizationModifier": W4A16["GPTQModifier"]}
+W8A8 = {
+    "QuantizationModifier": {
+        "targets": ["re:.*(cur|id)_[a-z]$"],
+        "ignore": ["lm_head"],
+        "scheme": "W8A8",
+    }
+}
 SPARSE_2_4 = {
     "SparseGPTModifier": {
         "sparsity": 0.5,

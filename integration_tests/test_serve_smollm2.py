@@ -1,0 +1,196 @@
+"""SmolLM2, factored and quantized, through ``vllm serve`` and through transformers.
+
+The figures that the README gives are what these tests print (``pytest -rA``, or on failure).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from llmcompressor import oneshot
+from serving import Answers, by_transformers, serve_quietly, served, side_by_side
+from support import ID, REPOSITORY, ROUND_TO_NEAREST, W8A8, load_script, recipe_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = [pytest.mark.serve, pytest.mark.slow]
+
+STEPS = 64
+CUR_ALL = {"rank": {"max": 256}, "multiple_of": 32, "layers": {"select": "all"}}
+ID_ALL = {**ID, "layers": {"select": "all"}}
+TEN = {"select": "angular", "count": 10}
+CUR_TEN = {"rank": {"max": 256}, "multiple_of": 32, "layers": TEN}
+ID_TEN = {**ID, "layers": TEN}
+DENSE_W8A8 = {"QuantizationModifier": {**W8A8["QuantizationModifier"], "targets": ["Linear"]}}
+
+# Recipes, and the dtype to compress in: exact figures need the float32 that is stored.
+CHECKPOINTS: dict[str, tuple[str, torch.dtype]] = {
+    "cur": (recipe_text(CUR_ALL), torch.float32),
+    "id": (recipe_text(ID_ALL), torch.float32),
+    "cur-w4a16": (recipe_text(CUR_TEN, ROUND_TO_NEAREST), torch.bfloat16),
+    "id-w4a16": (recipe_text(ID_TEN, ROUND_TO_NEAREST), torch.bfloat16),
+    "cur-w8a8": (recipe_text(CUR_TEN, W8A8), torch.bfloat16),
+    "dense-w8a8": (
+        yaml.safe_dump({"compress_stage": {"quantization_modifiers": DENSE_W8A8}}),
+        torch.bfloat16,
+    ),
+}
+EAGER = ("--enforce-eager",)
+EXACT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dense": ("dense", EAGER),
+    "cur": ("cur", EAGER),
+    "id": ("id", EAGER),
+    "cur on three ranks": ("cur", (*EAGER, "--tensor-parallel-size", "3")),
+    "id on three ranks": ("id", (*EAGER, "--tensor-parallel-size", "3")),
+    "cur compiled": ("cur", ()),
+    "id compiled": ("id", ()),
+}
+QUANTIZED = ["dense", "cur-w4a16", "id-w4a16", "cur-w8a8", "dense-w8a8"]
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2: Path, reference_text: Path) -> list[int]:
+    """201 tokens of real text: 200 of them have a log-probability."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return tokenizer(reference_text.read_text()[5000:8000]).input_ids[:201]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(
+    smollm2: Path, smollm2_data: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The dense model and what the recipes make of it."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    paths = {"dense": smollm2}
+    for name, (recipe, dtype) in CHECKPOINTS.items():
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
+        oneshot(model=model, dataset=smollm2_data, recipe=recipe)
+        paths[name] = folder / name
+        model.save_pretrained(paths[name], save_compressed=True)
+        tokenizer.save_pretrained(paths[name])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def exact(
+    checkpoints: dict[str, Path], prompt: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What the float32 servers answer."""
+    logs = tmp_path_factory.mktemp("logs")
+    return side_by_side(
+        {
+            case: partial(
+                served, checkpoints[name], logs / f"{case}.log", prompt, STEPS, *arguments
+            )
+            for case, (name, arguments) in EXACT.items()
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def rounded(
+    checkpoints: dict[str, Path], prompt: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What the bfloat16 servers answer."""
+    logs = tmp_path_factory.mktemp("logs")
+    return side_by_side(
+        {
+            name: partial(
+                served,
+                checkpoints[name],
+                logs / f"{name}.log",
+                prompt,
+                STEPS,
+                *EAGER,
+                dtype="bfloat16",
+            )
+            for name in QUANTIZED
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoints: dict[str, Path], prompt: list[int]) -> Callable[[str], Answers]:
+    """``reference(name)``: what transformers answers in float32, weights dequantized."""
+    known: dict[str, Answers] = {}
+
+    def answer(name: str) -> Answers:
+        if name not in known:
+            known[name] = by_transformers(checkpoints[name], prompt, STEPS)
+        return known[name]
+
+    return answer
+
+
+def _of(answers: dict[str, Any], name: str) -> Answers:
+    if isinstance(answers[name], BaseException):
+        raise answers[name]
+    return answers[name]
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_float32_is_what_transformers_computes(
+    case: str, exact: dict[str, Any], reference: Callable[[str], Answers]
+) -> None:
+    wanted, found = reference(EXACT[case][0]), _of(exact, case)
+    print(f"{case}: largest difference of 200 log-probabilities {wanted.distance(found):.1e}")
+    assert wanted.distance(found) < 1e-3
+    assert wanted.greedy == found.greedy
+
+
+@pytest.mark.parametrize("name", ["cur-w4a16", "id-w4a16"])
+def test_w4a16_rounds_as_the_dense_model_does(
+    name: str, rounded: dict[str, Any], reference: Callable[[str], Answers]
+) -> None:
+    dense = reference("dense").deviation(_of(rounded, "dense"))
+    found = reference(name).deviation(_of(rounded, name))
+    print(
+        f"{name}: root mean square deviation {found:.4f}; the dense model in bfloat16 {dense:.4f}"
+    )
+    assert found < 1.5 * dense
+
+
+def test_w8a8_rounds_as_dense_w8a8_does(
+    rounded: dict[str, Any],
+    reference: Callable[[str], Answers],
+    checkpoints: dict[str, Path],
+    prompt: list[int],
+) -> None:
+    """Activations rounded to 8 bits differ wherever 16 bits differ in the last place, in any two
+    implementations: the dense W8A8 model, and transformers in bfloat16, are the measure."""
+    by_name = {
+        name: reference(name).deviation(_of(rounded, name)) for name in ("cur-w8a8", "dense-w8a8")
+    }
+    transformers = by_transformers(checkpoints["cur-w8a8"], prompt, 1, torch.bfloat16)
+    expected = reference("cur-w8a8").deviation(transformers)
+    print(f"deviations {by_name}; transformers' own in bfloat16 {expected:.4f}")
+    assert by_name["cur-w8a8"] < 1.5 * by_name["dense-w8a8"]
+    assert by_name["cur-w8a8"] < 1.5 * expected
+
+
+def test_lm_eval_agrees(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    data = REPOSITORY.parent / "shared" / "data" / "zeroshot" / "arc" / "ARC-Easy.test.jsonl"
+    if not data.is_file():
+        pytest.skip(f"no ARC-Easy at {data}")
+    arc_easy = load_script(REPOSITORY / "tools" / "arc_easy.py")
+    path = checkpoints["id"]
+    with serve_quietly(
+        path,
+        tmp_path / "vllm.log",
+        *EAGER,
+        *("--served-model-name", "checkpoint"),
+    ) as server:
+        found = arc_easy.by_server(server.url, "checkpoint", path, data, 200)
+    torch.set_num_threads(os.cpu_count() or 1)
+    wanted = arc_easy.by_transformers(path, data, 200)
+    print(f"vLLM {found}\ntransformers {wanted}")
+    for measure in ("acc", "acc_norm"):
+        assert abs(found[measure] - wanted[measure]) <= wanted[f"{measure}_stderr"]
