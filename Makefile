@@ -36,7 +36,7 @@ demo: $(COMPRESS_READY) $(SERVE_READY) ## compress a small model, show what it c
 	$(COMPRESS)/bin/python recipes/demo.py
 
 test: $(SERVE_READY) lint ## check everything: lint, then all tests
-	$(COMPRESS)/bin/python -m pytest --timeout 900  # seconds a test; a server may hang
+	$(COMPRESS)/bin/python -m pytest --timeout 1800  # seconds; the first test of a file starts its servers
 
 lint: lint-style lint-format lint-types lint-imports ## check style, format, types and the direction of imports
 

@@ -66,6 +66,34 @@ W8A8 = {
         "scheme": "W8A8",
     }
 }
+# Factors in 4 bits, in 8 bits with activations, and as they are; a dense Linear in 8 bits.
+MIXED = {
+    "QuantizationModifier": {
+        "ignore": ["lm_head", "re:.*cur_u$", "re:.*layers.1.*id_s$"],
+        "config_groups": {
+            "four": {
+                "targets": ["re:.*cur_[rcu]$"],
+                "weights": W4A16["GPTQModifier"]["config_groups"]["group_0"]["weights"],
+            },
+            "eight": {
+                "targets": ["re:.*id_[st]$", "re:.*v_proj$"],
+                "weights": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "channel",
+                },
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "token",
+                    "dynamic": True,
+                },
+            },
+        },
+    }
+}
 SPARSE_2_4 = {
     "SparseGPTModifier": {
         "sparsity": 0.5,

@@ -11,7 +11,7 @@ import torch
 from architectures import CUR_TARGETS, ID_TARGETS, build, factor
 from datasets import Dataset
 from serving import by_transformers, served, side_by_side
-from support import ROUND_TO_NEAREST, W8A8
+from support import MIXED, ROUND_TO_NEAREST, W8A8
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any] | None]] = {
     "fused in the checkpoint": ("phi3", 2, None),
     "W4A16": ("llama_one_kv_head", 3, ROUND_TO_NEAREST),
     "W8A8": ("llama_one_kv_head", 2, W8A8),
+    "4 bits, 8 bits and none in one module": ("llama_one_kv_head", 1, MIXED),
 }
 
 

@@ -5,7 +5,6 @@ The figures that the README gives are what these tests print (``pytest -rA``, or
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -181,16 +180,11 @@ def test_lm_eval_agrees(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     if not data.is_file():
         pytest.skip(f"no ARC-Easy at {data}")
     arc_easy = load_script(REPOSITORY / "tools" / "arc_easy.py")
-    path = checkpoints["id"]
-    with serve_quietly(
-        path,
-        tmp_path / "vllm.log",
-        *EAGER,
-        *("--served-model-name", "checkpoint"),
-    ) as server:
+    path, log = checkpoints["id-w4a16"], tmp_path / "vllm.log"
+    name = ("--served-model-name", "checkpoint")
+    with serve_quietly(path, log, *EAGER, *name, dtype="bfloat16") as server:
         found = arc_easy.by_server(server.url, "checkpoint", path, data, 200)
-    torch.set_num_threads(os.cpu_count() or 1)
-    wanted = arc_easy.by_transformers(path, data, 200)
+    wanted = arc_easy.by_transformers(path, data, 200, "bfloat16")
     print(f"vLLM {found}\ntransformers {wanted}")
     for measure in ("acc", "acc_norm"):
         assert abs(found[measure] - wanted[measure]) <= wanted[f"{measure}_stderr"]

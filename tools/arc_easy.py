@@ -49,7 +49,6 @@ def accuracy(
         model_args=model_args,
         tasks=[task(data)],
         limit=questions,
-        bootstrap_iters=0,
     )
     [results] = output["results"].values()
     return {

@@ -42,6 +42,7 @@ class CURQuantizationConfig(QuantizationConfig):
         self.layout = layout
         self.modules = dict(layout.modules)
         self._claimed: set[str] = set()
+        self._pipeline = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -101,20 +102,25 @@ class CURQuantizationConfig(QuantizationConfig):
         self._check_tensor_parallel()
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """As the base class. vLLM asks for it when the model is built, before the first weight.
+        """As the base class. vLLM asks for it when the model is built, before the first weight."""
+        self.check_claimed()
+        return super().get_checkpoint_weight_mapper()
+
+    def check_claimed(self) -> None:
+        """Every factored module has been given to a Linear.
 
         Raises:
-            LayoutError: a factored module that the model class has no Linear for.
+            LayoutError: one that the model class has no Linear for; its tensors could be skipped
+                without a word.
         """
         missing = sorted(set(self.modules) - self._claimed)
-        if missing and get_current_vllm_config().parallel_config.pipeline_parallel_size == 1:
+        if missing and not self._pipeline:  # there each rank builds some of the layers
             raise LayoutError(
                 f"config.json says that {missing[0]} is factored"
                 f"{f' (and {len(missing) - 1} more)' if missing[1:] else ''}, but the model that "
                 "vLLM built has no Linear of that name. Is it an expert of a mixture, or a part "
                 "that vLLM merges in a way of its own? Compress the model again without it."
             )
-        return super().get_checkpoint_weight_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for a Linear with at least one factored part, else compressed-tensors' or
@@ -132,7 +138,10 @@ class CURQuantizationConfig(QuantizationConfig):
             parts = {name: self.modules.get(name) for name in names}
             if any(parts.values()):
                 self._claimed.update(parts)
-                return FactoredLinearMethod(parts, self.inner)
+                self._pipeline = (
+                    get_current_vllm_config().parallel_config.pipeline_parallel_size > 1
+                )
+                return FactoredLinearMethod(parts, self)
         elif prefix and (inside := [m for m in self.modules if m.startswith(f"{prefix}.")]):
             raise LayoutError(
                 f"{inside[0]} is factored, but vLLM runs it inside {prefix} as one "

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs
 
 from cur_modifier.layout import LayoutError, ModuleLayout
+
+if TYPE_CHECKING:
+    from cur_modifier.vllm.config import CURQuantizationConfig
 
 __all__ = ["FactoredLinearMethod"]
 
@@ -71,14 +74,14 @@ class FactoredLinearMethod(LinearMethodBase):
 
     Args:
         layouts: the parts by checkpoint name, in the order of their outputs; None for a dense one.
-        inner: how factors and dense parts are quantized, or None.
+        config: of the checkpoint; its ``inner`` says how factors and dense parts are quantized.
     """
 
     def __init__(
-        self, layouts: Mapping[str, ModuleLayout | None], inner: QuantizationConfig | None
+        self, layouts: Mapping[str, ModuleLayout | None], config: CURQuantizationConfig
     ) -> None:
         self.layouts = layouts
-        self.inner = inner
+        self.config = config
 
     def create_weights(
         self,
@@ -109,7 +112,7 @@ class FactoredLinearMethod(LinearMethodBase):
         layer.register_buffer("output_order", None, persistent=False)
         slots = Slots(layer)
         for part in parts:
-            runs = make_part(layer, part, self.inner, params_dtype)
+            runs = make_part(layer, part, self.config.inner, params_dtype)
             layer.parts.append(runs)
             runs.declare(slots)
         self.slots = slots
@@ -120,8 +123,9 @@ class FactoredLinearMethod(LinearMethodBase):
         vLLM calls this before it prepares the kernels of the Linears below.
 
         Raises:
-            LayoutError: a tensor that never came.
+            LayoutError: a tensor that never came, or a factored module that no Linear stands for.
         """
+        self.config.check_claimed()
         self.slots.close()
         orders, start = [], 0
         for part in layer.parts:
