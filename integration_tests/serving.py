@@ -16,7 +16,11 @@ vllm_server = load_script(REPOSITORY / "tools" / "vllm_server.py")
 
 MAX_LENGTH = 512
 # A test asks one thing at a time, and other tests run beside it: one thread, wherever it is free.
-ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+ONE_THREAD = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cur_modifier.factored import FACTORED_CLASSES
-from cur_modifier.layout import Layout, LayoutError, ModuleLayout, Producer
+from cur_modifier.layout import Layout, LayoutError, ModuleLayout, Producer, checksum
 
 MODULE = {"form": "cur", "rank": 4, "in_features": 8, "out_features": 6, "bias": False}
 
@@ -94,3 +95,59 @@ def test_layout_needs_pydantic_alone() -> None:
     import cur_modifier.layout
 
     subprocess.run([sys.executable, "-c", code, cur_modifier.layout.__file__], check=True)
+
+
+def _layout(**files: str) -> Layout:
+    modules = {
+        "a.q_proj": ModuleLayout(form="cur", rank=4, in_features=8, out_features=6, bias=True),
+        "a.o_proj": ModuleLayout(form="id", rank=4, in_features=8, out_features=6),
+    }
+    return Layout(modules=modules, files=files)
+
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "a.q_proj.cur_r.weight": (4, 8),
+    "a.q_proj.cur_u.weight_packed": (4, 1),  # eight inputs of four bits in one int32
+    "a.q_proj.cur_c.weight": (6, 4),
+    "a.q_proj.cur_c.bias": (6,),
+    "a.q_proj.rows": (4,),
+    "a.q_proj.columns": (4,),
+    "a.o_proj.id_s.weight": (4, 8),
+    "a.o_proj.id_t.weight": (2, 4),
+    "a.o_proj.order": (6,),
+    "a.norm.weight": (8,),
+}
+
+
+def test_tensors_of_a_checkpoint_are_compared() -> None:
+    _layout().check_tensors(SHAPES)
+
+
+@pytest.mark.parametrize("key", [key for key in SHAPES if "norm" not in key])
+def test_a_missing_tensor_is_named(key: str) -> None:
+    rest = {name: shape for name, shape in SHAPES.items() if name != key}
+    with pytest.raises(LayoutError, match=f"{key.removesuffix('_packed')} is missing"):
+        _layout().check_tensors(rest)
+
+
+@pytest.mark.parametrize("key", [key for key in SHAPES if "norm" not in key])
+def test_a_tensor_of_another_shape_is_named(key: str) -> None:
+    changed = SHAPES | {key: (SHAPES[key][0] + 1, *SHAPES[key][1:])}
+    with pytest.raises(
+        LayoutError, match=rf"{key.removesuffix('_packed')} has shape .* rank 4, so"
+    ):
+        _layout().check_tensors(changed)
+
+
+def test_files_are_compared_with_their_checksums(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    layout = _layout(**{"model.safetensors": checksum(weights)})
+    layout.check_files(tmp_path)
+    weights.write_bytes(b"weighty")
+    with pytest.raises(LayoutError, match=r"model.safetensors is not the file that was saved.*or"):
+        layout.check_files(tmp_path)
+    weights.unlink()
+    with pytest.raises(LayoutError, match=r"model.safetensors is missing"):
+        layout.check_files(tmp_path)
+    _layout().check_files(tmp_path)  # written before there were checksums
