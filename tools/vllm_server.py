@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -69,6 +70,12 @@ class Server:
         """The end of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
+    def errors(self) -> list[str]:
+        """Exceptions in the log, each once. The first is the cause, and far from the log's end."""
+        line = r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] *)?((?:\w+\.)*\w+(?:Error|Exception): .*)$"
+        found = re.findall(line, self.log.read_text(errors="replace"), re.MULTILINE)
+        return list(dict.fromkeys(found))
+
     def ready(self) -> bool:
         """Whether it answers."""
         try:
@@ -127,9 +134,10 @@ def serve(
         deadline = time.monotonic() + timeout
         while not server.ready():
             if process.poll() is not None:
+                causes = "\n".join(server.errors()[:3])
                 raise ServerError(
-                    f"vllm serve {model} ended with status {process.returncode}:\n"
-                    f"{server.log_tail(120)}"
+                    f"vllm serve {model} ended with status {process.returncode}.\n{causes}\n"
+                    f"{log} ends:\n{server.log_tail()}"
                 )
             if time.monotonic() > deadline:
                 raise ServerError(
