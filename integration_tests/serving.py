@@ -50,12 +50,9 @@ def by_transformers(
         logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
         chosen = logprobs.gather(-1, ids[0, 1:, None])[:, 0]
         half = ids[:, : len(prompt) // 2]
+        model.generation_config.eos_token_id = None  # go on past it, as the server is asked to
         output = model.generate(
-            half,
-            attention_mask=torch.ones_like(half),
-            max_new_tokens=steps,
-            min_new_tokens=steps,
-            do_sample=False,
+            half, attention_mask=torch.ones_like(half), max_new_tokens=steps, do_sample=False
         )
     return Answers(chosen, output[0, half.shape[1] :].tolist())
 
@@ -73,7 +70,7 @@ def by_server(server: Any, prompt: list[int], steps: int) -> Answers:
     half = prompt[: len(prompt) // 2]
     continued = server.post(
         "/v1/completions",
-        {**request, "prompt": half, "max_tokens": steps, "min_tokens": steps},
+        {**request, "prompt": half, "max_tokens": steps, "ignore_eos": True},
     )
     return Answers(torch.tensor(logprobs), continued["choices"][0]["token_ids"])
 
