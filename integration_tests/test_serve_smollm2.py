@@ -157,14 +157,23 @@ def test_float32_is_what_transformers_computes(
 
 @pytest.mark.parametrize("name", ["cur-w4a16", "id-w4a16"])
 def test_w4a16_rounds_as_the_dense_model_does(
-    name: str, rounded: dict[str, Any], reference: Callable[[str], Answers]
+    name: str,
+    rounded: dict[str, Any],
+    reference: Callable[[str], Answers],
+    checkpoints: dict[str, Path],
+    prompt: list[int],
 ) -> None:
+    """Or as transformers does in bfloat16 with the same factors, where they amplify rounding more
+    than the dense model: that is the checkpoint's doing, and depends on its calibration."""
     dense = reference("dense").deviation(_of(rounded, "dense"))
     found = reference(name).deviation(_of(rounded, name))
+    transformers = by_transformers(checkpoints[name], prompt, 1, torch.bfloat16)
+    expected = reference(name).deviation(transformers)
     print(
-        f"{name}: root mean square deviation {found:.4f}; the dense model in bfloat16 {dense:.4f}"
+        f"{name}: root mean square deviation {found:.4f}; the dense model in bfloat16 {dense:.4f}; "
+        f"transformers' own in bfloat16 {expected:.4f}"
     )
-    assert found < 1.5 * dense
+    assert found < 1.5 * max(dense, expected)
 
 
 def test_w8a8_rounds_as_dense_w8a8_does(
