@@ -36,8 +36,6 @@ class FactoredLinear(nn.Module):
         in_features, out_features, rank: ``n``, ``m``, ``r``.
         form: the storage form, "cur" or "id".
         factor_names: names of the ``nn.Linear`` children, in the order they are applied.
-
-    Subclasses make their factors with ``bias``, ``device`` and ``dtype``.
     """
 
     form: str
@@ -64,6 +62,15 @@ class FactoredLinear(nn.Module):
         self.rank = rank
         # A one-element list hides the dense layer from `named_modules`: followers must not see it.
         self._stand_in: list[nn.Linear] = []
+        self.make_factors(bias, device=device, dtype=dtype)
+
+    def make_factors(self, bias: bool, **kwargs: Any) -> None:
+        """Make the children and buffers, with ``device`` and ``dtype`` of the factors.
+
+        Raises:
+            ValueError: the form has no such rank.
+        """
+        raise NotImplementedError
 
     @classmethod
     def from_factors(
@@ -173,23 +180,13 @@ class CURLinear(FactoredLinear):
     rows: torch.Tensor
     columns: torch.Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, rank)
-        kwargs = {"device": device, "dtype": dtype}
-        self.cur_r = nn.Linear(in_features, rank, bias=False, **kwargs)
-        self.cur_u = nn.Linear(rank, rank, bias=False, **kwargs)
-        self.cur_c = nn.Linear(rank, out_features, bias=bias, **kwargs)
+    def make_factors(self, bias: bool, **kwargs: Any) -> None:
+        n, m, r = self.in_features, self.out_features, self.rank
+        self.cur_r = nn.Linear(n, r, bias=False, **kwargs)
+        self.cur_u = nn.Linear(r, r, bias=False, **kwargs)
+        self.cur_c = nn.Linear(r, m, bias=bias, **kwargs)
         for name in ("rows", "columns"):
-            self.register_buffer(name, torch.zeros(rank, dtype=torch.int32, device=device))
+            self.register_buffer(name, torch.zeros(r, dtype=torch.int32, device=kwargs["device"]))
 
     def load_factors(
         self, factors: CUR, bias: torch.Tensor | None = None, *, write: Write = copy_tensor
@@ -225,28 +222,17 @@ class InterpolativeLinear(FactoredLinear):
     factor_names = ("id_s", "id_t")
     order: torch.Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, rank)
-        if rank == out_features:
+    def make_factors(self, bias: bool, **kwargs: Any) -> None:
+        n, m, r = self.in_features, self.out_features, self.rank
+        if r == m:
             raise ValueError(
-                f"rank {rank} leaves no output to interpolate in a {out_features}x{in_features} "
-                "layer: a row ID needs rank < out_features. Leave the layer dense instead."
+                f"rank {r} leaves no output to interpolate in a {m}x{n} layer: a row ID needs "
+                "rank < out_features. Leave the layer dense instead."
             )
-        kwargs = {"device": device, "dtype": dtype}
-        self.id_s = nn.Linear(in_features, rank, bias=False, **kwargs)
-        self.id_t = nn.Linear(rank, out_features - rank, bias=False, **kwargs)
-        zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
-        self.bias = None if zeros is None else nn.Parameter(zeros)
-        self.register_buffer("order", torch.zeros(out_features, dtype=torch.int32, device=device))
+        self.id_s = nn.Linear(n, r, bias=False, **kwargs)
+        self.id_t = nn.Linear(r, m - r, bias=False, **kwargs)
+        self.bias = nn.Parameter(torch.zeros(m, **kwargs)) if bias else None
+        self.register_buffer("order", torch.zeros(m, dtype=torch.int32, device=kwargs["device"]))
 
     def load_factors(
         self, factors: RowID, bias: torch.Tensor | None = None, *, write: Write = copy_tensor

@@ -16,7 +16,7 @@ a script on a laptop.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -31,6 +31,7 @@ __all__ = [
     "ModuleLayout",
     "Producer",
     "checksum",
+    "stored_shapes",
 ]
 
 QUANT_METHOD = "cur"
@@ -221,6 +222,27 @@ class Layout(BaseModel):
                     "config.json's 'files'. Download or save it again, or remove that entry if the "
                     "change is meant."
                 )
+
+
+def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in safetensors ``files`` by name, from their headers alone.
+
+    Raises:
+        LayoutError: a file that is truncated or corrupt.
+    """
+    from safetensors import SafetensorError, safe_open  # a reader of config.json alone goes without
+
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
+        except SafetensorError as error:
+            raise LayoutError(
+                f"{file} is truncated or corrupt ({error}). Download or save it again."
+            ) from error
+    return shapes
 
 
 def checksum(path: Path) -> str:

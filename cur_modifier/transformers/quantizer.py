@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -22,7 +21,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from cur_modifier.factored import FACTORED_CLASSES
-from cur_modifier.layout import QUANT_METHOD, Layout, LayoutError, ModuleLayout
+from cur_modifier.layout import QUANT_METHOD, Layout, LayoutError, ModuleLayout, stored_shapes
 
 __all__ = ["CURConfig", "CURQuantizer", "register"]
 
@@ -148,11 +147,7 @@ def _check_files(layout: Layout, files: list[str]) -> None:
     """Refuse a checkpoint that lacks a factor: transformers would fill it with random numbers."""
     if not files:
         return
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
-                shapes[key] = tuple(tensors.get_slice(key).get_shape())
+    shapes = stored_shapes(files)
     if not any(key.startswith(tuple(f"{name}." for name in layout.modules)) for key in shapes):
         raise LayoutError(
             f"none of the {len(layout.modules)} modules that config.json calls factored has a "

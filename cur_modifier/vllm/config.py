@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
@@ -19,7 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from cur_modifier.layout import QUANT_METHOD, Layout, LayoutError, ModuleLayout
+from cur_modifier.layout import QUANT_METHOD, Layout, LayoutError, ModuleLayout, stored_shapes
 
 __all__ = ["CURQuantizationConfig"]
 
@@ -91,7 +90,8 @@ class CURQuantizationConfig(QuantizationConfig):
         """
         super().maybe_update_config(model_name, hf_config=hf_config, revision=revision)
         if Path(model_name).is_dir():
-            self.layout.check_tensors(_shapes(Path(model_name)))
+            files = sorted(Path(model_name).glob("*.safetensors"))
+            self.layout.check_tensors(stored_shapes(files))
             self.layout.check_files(Path(model_name))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -191,18 +191,3 @@ def _split_dimension(module: ModuleLayout, width: int) -> int | None:
     if module.out_features == width != module.in_features:
         return module.in_features
     return None
-
-
-def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in ``directory``, from the headers alone."""
-    shapes = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    shapes[key] = tuple(tensors.get_slice(key).get_shape())
-        except SafetensorError as error:
-            raise LayoutError(
-                f"{path} is truncated or corrupt ({error}). Download or save it again."
-            ) from error
-    return shapes

@@ -518,9 +518,9 @@ def _load(
     linear.update_param_tp_status()
     try:
         loader(param, tensor)
+    except LayoutError:
+        raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        if isinstance(error, LayoutError):
-            raise
         raise LayoutError(
             f"{part.name}.{key} has shape {tuple(tensor.shape)}, which does not fit config.json "
             f"({error}). {DAMAGED}"
