@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from llmcompressor import oneshot
-from support import NO_PROCESSOR
+from support import NO_PROCESSOR, recipe_text
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -111,6 +110,15 @@ SHAPES: dict[str, Any] = {
 CUR_TARGETS = "re:.*(self_attn.(q|qkv)|mlp.(gate|down))_proj$|.*fc1$"
 ID_TARGETS = "re:.*(self_attn.(k|o|out)|mlp.(up|gate_up))_proj$|.*fc2$"
 
+# The first layer has both forms, the others one each.
+CUR = {"targets": [CUR_TARGETS], "rank": {"fixed": 48}, "layers": {"select": [0, 1]}}
+ROW_ID = {
+    "targets": [ID_TARGETS],
+    "form": "id",
+    "rank": {"fixed": 40},
+    "layers": {"select": [0, 2]},
+}
+
 
 def build(name: str, seed: int = 0) -> Any:
     """The model with random weights, large enough that its predictions are not all alike."""
@@ -135,13 +143,7 @@ def factor(
     dense = path.with_suffix(".dense")
     model.save_pretrained(dense)  # llm-compressor copies files from where a model came from
     model = AutoModelForCausalLM.from_pretrained(dense)
-    stages: dict[str, Any] = {
-        "cur_modifiers": {"CURModifier": {"mlflow": False, **cur}},
-        "id_modifiers": {"CURModifier": {"mlflow": False, **row_id}},
-    }
-    if then:
-        stages["then_modifiers"] = then
-    recipe = yaml.safe_dump({"compress_stage": stages}, sort_keys=False)
+    recipe = recipe_text(row_id, then, first={"CURModifier": {"mlflow": False, **cur}})
     oneshot(model=model, recipe=recipe, dataset=data, processor=NO_PROCESSOR)
     model.save_pretrained(path)
     return path

@@ -96,22 +96,31 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tiny_data() -> Dataset:
-    """Random tokens for the tiny model."""
-    ids = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(1))
+def _random_data(low: int, high: int) -> Dataset:
+    """Eight windows of tokens from ``low`` to below ``high``."""
+    ids = torch.randint(low, high, (8, 64), generator=torch.Generator().manual_seed(1))
     return Dataset.from_dict(
         {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_data() -> Dataset:
+    """Random tokens for the tiny model."""
+    return _random_data(0, 512)
 
 
 @pytest.fixture(scope="session")
 def random_tokens() -> Dataset:
     """Random tokens for the models in architectures.py."""
-    ids = torch.randint(3, 1024, (8, 64), generator=torch.Generator().manual_seed(1))
-    return Dataset.from_dict(
-        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
-    )
+    return _random_data(3, 1024)
+
+
+@pytest.fixture(scope="session")
+def random_prompt() -> list[int]:
+    """A prompt for the models in architectures.py, longer than their sliding windows."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(3, 1024, (120,), generator=generator).tolist()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,3 +105,14 @@ def side_by_side(jobs: dict[str, Any]) -> dict[str, Any]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = {name: pool.submit(job) for name, job in jobs.items()}
     return {name: future.exception() or future.result() for name, future in futures.items()}
+
+
+def result(results: Mapping[str, Any], name: str) -> Any:
+    """One of :func:`side_by_side`'s results.
+
+    Raises:
+        BaseException: what the job raised.
+    """
+    if isinstance(results[name], BaseException):
+        raise results[name]
+    return results[name]

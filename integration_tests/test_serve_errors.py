@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CUR_TARGETS, ID_TARGETS, build, factor
+from architectures import CUR, ROW_ID, build, factor
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from serving import serve_quietly, side_by_side, vllm_server
@@ -139,15 +139,8 @@ CASES: dict[str, Case] = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, random_tokens: Dataset) -> Path:
     """A good one."""
-    cur = {"targets": [CUR_TARGETS], "rank": {"fixed": 48}, "layers": {"select": [0, 1]}}
-    row_id = {
-        "targets": [ID_TARGETS],
-        "form": "id",
-        "rank": {"fixed": 40},
-        "layers": {"select": [0, 2]},
-    }
     folder = tmp_path_factory.mktemp("errors")
-    return factor(build("llama_six_kv_heads"), folder / "good", random_tokens, cur, row_id)
+    return factor(build("llama_six_kv_heads"), folder / "good", random_tokens, CUR, ROW_ID)
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,9 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from openai import APIStatusError, AsyncOpenAI
 from scipy import stats
-from support import CUR, REPOSITORY, ROUND_TO_NEAREST, load_script, recipe_text
+from serving import ONE_THREAD, vllm_server
+from support import CUR, ROUND_TO_NEAREST, recipe_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-vllm_server = load_script(REPOSITORY / "tools" / "vllm_server.py")
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
@@ -201,9 +200,7 @@ def loaded(model: Path, requests: list[Request], rounds: int, log: Path) -> Load
     load = Load(log)
     arguments = ["--served-model-name", MODEL, "--max-model-len", str(MAX_LENGTH)]
     arguments += ["--enforce-eager", "--dtype", "bfloat16"]
-    # One thread, wherever it is free: the client and other tests need the other cores.
-    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    with vllm_server.serve(model, *arguments, log=log, environment=threads) as server:
+    with vllm_server.serve(model, *arguments, log=log, environment=ONE_THREAD) as server:
         for _ in range(rounds):
             started = time.monotonic()
             before = metric(server, "generation_tokens_total")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import CUR_TARGETS, ID_TARGETS, build, factor
 from datasets import Dataset
-from serving import by_transformers, served, side_by_side
+from serving import by_transformers, result, served, side_by_side
 from support import MIXED, ROUND_TO_NEAREST, W8A8
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
@@ -30,13 +30,6 @@ CASES: dict[str, tuple[str, int, dict[str, Any] | None]] = {
 
 
 @pytest.fixture(scope="module")
-def prompt() -> list[int]:
-    """Random tokens."""
-    generator = torch.Generator().manual_seed(5)
-    return torch.randint(3, 1024, (120,), generator=generator).tolist()
-
-
-@pytest.fixture(scope="module")
 def checkpoints(
     tmp_path_factory: pytest.TempPathFactory, random_tokens: Dataset
 ) -> dict[str, Path]:
@@ -51,14 +44,16 @@ def checkpoints(
 
 
 @pytest.fixture(scope="module")
-def answers(checkpoints: dict[str, Path], smollm2: Path, prompt: list[int]) -> dict[str, Any]:
+def answers(
+    checkpoints: dict[str, Path], smollm2: Path, random_prompt: list[int]
+) -> dict[str, Any]:
     """What each is served with, or why it is not."""
     jobs: dict[str, Any] = {
         case: partial(
             served,
             checkpoints[case],
             checkpoints[case].with_suffix(".log"),
-            prompt,
+            random_prompt,
             STEPS,
             "--enforce-eager",
             "--tokenizer",
@@ -74,15 +69,13 @@ def answers(checkpoints: dict[str, Path], smollm2: Path, prompt: list[int]) -> d
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_together_compute_what_transformers_does(
-    case: str, answers: dict[str, Any], checkpoints: dict[str, Path], prompt: list[int]
+    case: str, answers: dict[str, Any], checkpoints: dict[str, Path], random_prompt: list[int]
 ) -> None:
-    found = answers[case]
-    if isinstance(found, BaseException):
-        raise found
-    exact = by_transformers(checkpoints[case], prompt, STEPS)
+    found = result(answers, case)
+    exact = by_transformers(checkpoints[case], random_prompt, STEPS)
     if CASES[case][2] is None:
         assert exact.distance(found) < 1e-4
         assert exact.greedy == found.greedy
     else:  # quantized weights have kernels for 16 bits; they may round as transformers does
-        rounded = by_transformers(checkpoints[case], prompt, STEPS, torch.bfloat16)
+        rounded = by_transformers(checkpoints[case], random_prompt, STEPS, torch.bfloat16)
         assert exact.deviation(found) < 1.5 * exact.deviation(rounded)

@@ -15,7 +15,7 @@ import torch
 import yaml
 from datasets import Dataset
 from llmcompressor import oneshot
-from serving import Answers, by_transformers, serve_quietly, served, side_by_side
+from serving import Answers, by_transformers, result, serve_quietly, served, side_by_side
 from support import ID, REPOSITORY, ROUND_TO_NEAREST, W8A8, load_script, recipe_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -139,17 +139,11 @@ def reference(checkpoints: dict[str, Path], prompt: list[int]) -> Callable[[str]
     return answer
 
 
-def _of(answers: dict[str, Any], name: str) -> Answers:
-    if isinstance(answers[name], BaseException):
-        raise answers[name]
-    return answers[name]
-
-
 @pytest.mark.parametrize("case", EXACT)
 def test_float32_is_what_transformers_computes(
     case: str, exact: dict[str, Any], reference: Callable[[str], Answers]
 ) -> None:
-    wanted, found = reference(EXACT[case][0]), _of(exact, case)
+    wanted, found = reference(EXACT[case][0]), result(exact, case)
     print(f"{case}: largest difference of 200 log-probabilities {wanted.distance(found):.1e}")
     assert wanted.distance(found) < 1e-3
     assert wanted.greedy == found.greedy
@@ -165,8 +159,8 @@ def test_w4a16_rounds_as_the_dense_model_does(
 ) -> None:
     """Or as transformers does in bfloat16 with the same factors, where they amplify rounding more
     than the dense model: that is the checkpoint's doing, and depends on its calibration."""
-    dense = reference("dense").deviation(_of(rounded, "dense"))
-    found = reference(name).deviation(_of(rounded, name))
+    dense = reference("dense").deviation(result(rounded, "dense"))
+    found = reference(name).deviation(result(rounded, name))
     transformers = by_transformers(checkpoints[name], prompt, 1, torch.bfloat16)
     expected = reference(name).deviation(transformers)
     print(
@@ -185,7 +179,8 @@ def test_w8a8_rounds_as_dense_w8a8_does(
     """Activations rounded to 8 bits differ wherever 16 bits differ in the last place, in any two
     implementations: the dense W8A8 model, and transformers in bfloat16, are the measure."""
     by_name = {
-        name: reference(name).deviation(_of(rounded, name)) for name in ("cur-w8a8", "dense-w8a8")
+        name: reference(name).deviation(result(rounded, name))
+        for name in ("cur-w8a8", "dense-w8a8")
     }
     transformers = by_transformers(checkpoints["cur-w8a8"], prompt, 1, torch.bfloat16)
     expected = reference("cur-w8a8").deviation(transformers)
