@@ -1,9 +1,21 @@
 """Linear algebra of structured compression: tensors in, tensors out, no ``torch.nn``."""
 
+from cur_modifier.linalg.anchor import anchored_target
+from cur_modifier.linalg.budget import RankCurve, allocate_ranks, truncation_tail
 from cur_modifier.linalg.compact import compact
 from cur_modifier.linalg.decomposition import cur, interpolative, low_rank
 from cur_modifier.linalg.forms import CUR, LowRank, RowID
-from cur_modifier.linalg.gram import GramAccumulator, apply_gram, gram_norm, gram_sqrt
+from cur_modifier.linalg.gram import (
+    GramAccumulator,
+    PairedMoments,
+    apply_gram,
+    curvature_spectrum,
+    damped,
+    gram_norm,
+    gram_sqrt,
+    shrunk,
+)
+from cur_modifier.linalg.joint import split_rows
 from cur_modifier.linalg.rank import (
     Form,
     break_even_rank,
@@ -33,14 +45,20 @@ __all__ = [
     "Form",
     "GramAccumulator",
     "LowRank",
+    "PairedMoments",
+    "RankCurve",
     "RowID",
     "Score",
     "Selection",
     "Subspace",
+    "allocate_ranks",
+    "anchored_target",
     "apply_gram",
     "break_even_rank",
     "compact",
     "cur",
+    "curvature_spectrum",
+    "damped",
     "deim",
     "dense_parameters",
     "energy_rank",
@@ -61,6 +79,9 @@ __all__ = [
     "round_rank_up",
     "score",
     "select_rows_and_columns",
+    "shrunk",
     "singular_values",
+    "split_rows",
     "stored_parameters",
+    "truncation_tail",
 ]

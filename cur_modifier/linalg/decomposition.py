@@ -1,8 +1,12 @@
 """Factorizations of a weight ``W (m, n)``, fitted to its inputs' second moment ``G (n, n)``.
 
 Every routine takes ``gram`` in full ``(n, n)``, as a diagonal ``(n,)``, or None for the plain
-Frobenius norm, and minimises ``‖(W − Ŵ) G^{1/2}‖_F`` over what it is free to choose. Inputs are
-never modified. Results have the dtype of ``W`` (float32 where ``W`` is narrower).
+Frobenius norm, and ``outputs``, a metric ``H`` of the outputs in full ``(m, m)``, as a diagonal
+``(m,)``, or None; it minimises ``‖H^{1/2} (W − Ŵ) G^{1/2}‖_F`` over what it is free to choose. With
+``H = E[g gᵀ]`` of the loss's gradients ``g`` at the outputs this is the loss's second-order growth
+under the Kronecker approximation of its curvature (Martens and Grosse 2015). ``H`` must be positive
+definite. Inputs are never modified. Results have the dtype of ``W`` (float32 where ``W`` is
+narrower).
 """
 
 from __future__ import annotations
@@ -36,6 +40,9 @@ def cur(
     rows: torch.Tensor,
     columns: torch.Tensor,
     gram: torch.Tensor | None = None,
+    *,
+    outputs: torch.Tensor | None = None,
+    target: torch.Tensor | None = None,
 ) -> CUR:
     """CUR with given rows and columns and the best core for them.
 
@@ -46,6 +53,9 @@ def cur(
         W: ``(m, n)``.
         rows, columns: ``r`` indices each.
         gram: ``G``.
+        outputs: ``H``.
+        target: ``(m, n)``, what the product shall be close to where that is not ``W``, whose rows
+            and columns it is made of (:func:`cur_modifier.linalg.anchored_target`).
 
     Cost: ``2 m n r`` flops and QR of ``(m, r)`` and ``(n, r)``; with a full ``G`` another
     ``2 n² r``, in float64.
@@ -66,28 +76,38 @@ def cur(
     require_indices(rows, W.shape[0], "rows")
     require_indices(columns, W.shape[1], "columns")
     C, R = W[:, columns], W[rows, :]
-    if gram is None:
+    if gram is None and outputs is None and target is None:
         U = solve(R.mT, solve(C, W, W.dtype).mT, W.dtype).mT
     else:
-        U = solve(C.double(), fit_right(W.double(), R.double(), gram, W.dtype), W.dtype)
+        wanted = W if target is None else target
+        right = fit_right(wanted.double(), R.double(), gram, W.dtype)
+        left, right = (_weighted(outputs, side) for side in (C.double(), right))
+        U = solve(left, right, W.dtype)
     return CUR(C=C, U=U.to(W), R=R, rows=rows, columns=columns)
 
 
 def low_rank(
-    W: torch.Tensor, rank: int, gram: torch.Tensor | None = None, *, exact: bool | None = None
+    W: torch.Tensor,
+    rank: int,
+    gram: torch.Tensor | None = None,
+    *,
+    outputs: torch.Tensor | None = None,
+    exact: bool | None = None,
 ) -> LowRank:
-    """The best rank-``r`` approximation under ``G``: ``Ŵ = Q Qᵀ W``.
+    """The best rank-``r`` approximation under ``G`` and ``H``: ``Ŵ = L⁻ᵀ Q Qᵀ Lᵀ W``.
 
-    ``Q`` holds the leading eigenvectors of ``W G Wᵀ``, so no square root of ``G`` is inverted and
-    ``B = Qᵀ W`` needs no solve. Without ``gram`` this is the truncated SVD.
+    ``Q`` holds the leading eigenvectors of ``Lᵀ W G Wᵀ L`` and ``H = L Lᵀ``, so no square root of
+    ``G`` is inverted. Without both ``L = I`` and this is the truncated SVD.
 
     Args:
+        outputs: ``H``.
         exact: use a full ``eigh`` (True) or subspace iteration (False). By default the latter only
             where the short side exceeds 1024 and the rank is at most a quarter of it; its error is
             then within a fraction of a percent of the optimum.
 
     Cost, float64: ``2 m n (m + n) + 9 m³`` flops for ``m ≤ 1.26 n``; else two ``eigh`` of
-    ``(n, n)``; ``5 (4 m n + 2 n²) r`` by subspace iteration. Squaring ``W`` on the way, it resolves
+    ``(n, n)``; ``5 (4 m n + 2 n²) r`` by subspace iteration. A full ``H`` adds ``m³/3`` and
+    ``2 m² (n + r)``. Squaring ``W`` on the way, it resolves
     singular values down to about 1e-8 of the largest.
 
     Source: Eckart and Young 1936 applied to ``W G^{1/2}``.
@@ -101,9 +121,9 @@ def low_rank(
     require_rank(rank, min(m, n), f"a {m}x{n} matrix")
     if exact is None:
         exact = min(m, n) <= _EXACT_SIDE or 4 * rank > min(m, n)
-    wide = W.double()
+    wide = _weighted(outputs, W.double())
     Q = _leading_left_exact(wide, rank, gram) if exact else _leading_left_iterated(wide, rank, gram)
-    return LowRank(A=Q.to(W), B=(Q.mT @ wide).to(W))
+    return LowRank(A=_unweighted(outputs, Q).to(W), B=(Q.mT @ wide).to(W))
 
 
 def interpolative(
@@ -113,6 +133,8 @@ def interpolative(
     *,
     rows: torch.Tensor | None = None,
     noise: float = 0.0,
+    outputs: torch.Tensor | None = None,
+    target: torch.Tensor | None = None,
 ) -> RowID:
     """Row ID of ``W``.
 
@@ -125,6 +147,10 @@ def interpolative(
     the relative error power that ``S x`` will suffer, ``T`` is the best interpolation from the
     noisy skeleton instead.
 
+    With ``outputs``, what the interpolated outputs can do about the error of the skeleton's own is
+    part of ``T``; given ``rows`` have no error, and ``H`` changes nothing. With ``target (m, n)``
+    and ``rows``, ``T`` interpolates the target's other rows.
+
     Cost: that of :func:`low_rank` and :func:`compact`; with ``rows`` that of :func:`cur` less one
     QR.
 
@@ -132,11 +158,16 @@ def interpolative(
         ValueError: as :func:`low_rank`; or ``rows`` are not ``rank`` distinct indices.
     """
     if rows is None:
-        exact = compact(low_rank(W, rank, gram))
+        exact = compact(low_rank(W, rank, gram, outputs=outputs))
         if not noise:
             return exact
-        stacked = torch.argsort(exact.order)
-        target = _prepared(W, gram)[stacked[rank:]].double()
+        chosen, rest = torch.argsort(exact.order).tensor_split([rank])
+        W = _prepared(W, gram).double()
+        target = W[rest]
+        if outputs is not None and outputs.ndim == 2:
+            H = outputs.to(W)
+            missed = H[rest][:, chosen] @ (W[chosen] - exact.S.double())
+            target = target + torch.linalg.solve(H[rest][:, rest], missed)
         T = fit_right(target, exact.S.double(), gram, exact.S.dtype, noise)
         return replace(exact, T=T.to(exact.S))
     W = _prepared(W, gram)
@@ -149,8 +180,47 @@ def interpolative(
     unchosen[rows] = False
     rest = unchosen.nonzero().squeeze(1)
     S = W[rows]
-    T = fit_right(W[rest].double(), S.double(), gram, W.dtype, noise)
+    wanted = (W if target is None else target.to(W))[rest]
+    T = fit_right(wanted.double(), S.double(), gram, W.dtype, noise)
     return RowID(S=S, T=T.to(W), order=stacking_order(rows, rest))
+
+
+def _weighted(outputs: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
+    """``Lᵀ M`` for ``H = L Lᵀ``; ``M`` itself without ``H``."""
+    if outputs is None:
+        return matrix
+    root = _root(outputs, matrix)
+    return root[:, None] * matrix if root.ndim == 1 else root.mT @ matrix
+
+
+def _unweighted(outputs: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
+    """``L⁻ᵀ M``, the inverse of :func:`_weighted`."""
+    if outputs is None:
+        return matrix
+    root = _root(outputs, matrix)
+    if root.ndim == 1:
+        return matrix / root[:, None]
+    return torch.linalg.solve_triangular(root.mT, matrix, upper=True)
+
+
+def _root(outputs: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    m = like.shape[0]
+    if outputs.shape not in {(m, m), (m,)}:
+        raise ValueError(
+            f"the metric of the outputs has shape {tuple(outputs.shape)}; expected ({m}, {m}) or "
+            f"its diagonal ({m},)."
+        )
+    if outputs.ndim == 1:
+        root, failed = outputs.to(like).sqrt(), bool((outputs <= 0).any())
+    else:
+        root, info = torch.linalg.cholesky_ex(outputs.to(like))
+        failed = bool(info)
+    if failed or not bool(torch.isfinite(root).all()):
+        raise ValueError(
+            "the metric of the outputs is not positive definite. Add a share of its mean diagonal "
+            "to the diagonal."
+        )
+    return root
 
 
 def _prepared(W: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:

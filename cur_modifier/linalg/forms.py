@@ -38,8 +38,10 @@ class CUR:
 class RowID:
     """Row interpolative decomposition ``W ≈ P [S; T S]``.
 
-    ``S (r, n)`` is the skeleton, ``T (m − r, r)`` the interpolation matrix, and output ``i`` is row
-    ``order[i]`` of the stacked ``[S; T S]``.
+    ``S (r, n)`` is the skeleton, ``T (m − c, r)`` the interpolation matrix, and output ``i`` is row
+    ``order[i]`` of the stacked ``[S; T S]``. The other ``c`` outputs are rows of ``S``: all ``r``
+    of them, except in a part of a joint decomposition (:func:`split_rows`). Its parts share ``S``,
+    each owns ``c`` of its rows as outputs, and ``r`` may exceed ``m``.
     """
 
     S: torch.Tensor
@@ -56,9 +58,14 @@ class RowID:
         return self.order.shape[0], self.S.shape[1]
 
     @property
+    def direct_outputs(self) -> int:
+        """How many outputs the skeleton gives directly, ``c``: the rank, unless ``S`` is shared."""
+        return self.order.shape[0] - self.T.shape[0]
+
+    @property
     def rows(self) -> torch.Tensor:
-        """The outputs ``(r,)`` that the skeleton gives directly, in skeleton order."""
-        return torch.argsort(self.order)[: self.rank]
+        """The outputs ``(c,)`` that the skeleton gives directly, in skeleton order."""
+        return torch.argsort(self.order)[: self.direct_outputs]
 
     def dense(self) -> torch.Tensor:
         """The product ``(m, n)``."""
