@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cur_modifier.factored import FactoredLinear
+from cur_modifier.factored import FactoredLinear, InterpolativeLinear
 from cur_modifier.layout import QUANT_METHOD, Layout, ModuleLayout, Producer, checksum
 
 __all__ = ["annotate", "layout_of", "wrap_save_pretrained"]
@@ -54,23 +54,38 @@ def layout_of(model: nn.Module) -> Layout:
     """The layout of the factored modules in ``model``.
 
     Raises:
-        ValueError: factors that are not fitted yet, as after an interrupted oneshot.
+        ValueError: factors that are not fitted yet, as after an interrupted oneshot; or a shared
+            skeleton whose owner is not in the model any more.
     """
+    factored = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
+    names = {module: name for name, module in factored.items()}
+    leaders = {m.leader for m in factored.values() if isinstance(m, InterpolativeLinear)}
     modules = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, FactoredLinear):
-            continue
+    for name, module in factored.items():
         if module.dense is not None:
             raise ValueError(
                 f"{name} has no fitted factors yet: the compression did not finish. Run oneshot to "
                 "its end before saving."
             )
+        shared: dict[str, Any] = {}
+        if isinstance(module, InterpolativeLinear):
+            leader = module.leader
+            if leader is not None and leader not in names:
+                raise ValueError(
+                    f"{name} uses the skeleton of a layer that was taken out of the model, so it "
+                    "can't be saved. Replace this one, too, e.g. by its to_dense()."
+                )
+            if leader is not None:
+                shared["shared_skeleton"] = names[leader]
+            if leader is not None or module in leaders or module.direct_outputs != module.rank:
+                shared["direct_outputs"] = module.direct_outputs
         modules[name] = ModuleLayout(
             form=module.form,
             rank=module.rank,
             in_features=module.in_features,
             out_features=module.out_features,
             bias=module.effective_bias() is not None,
+            **shared,
         )
     return Layout(producer=_producer(), modules=modules)
 

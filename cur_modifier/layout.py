@@ -4,8 +4,15 @@ It is the ``quantization_config`` of ``config.json``::
 
     {"quant_method": "cur", "version": 1,
      "producer": {"name": "cur_modifier", "version": "0.1.0"},
-     "modules": {"model.layers.3.self_attn.q_proj":
-         {"form": "cur", "rank": 192, "in_features": 576, "out_features": 576, "bias": false}},
+     "modules": {
+         "model.layers.3.self_attn.q_proj":
+             {"form": "cur", "rank": 192, "in_features": 576, "out_features": 576, "bias": false},
+         "model.layers.3.mlp.gate_proj":
+             {"form": "id", "rank": 448, "in_features": 576, "out_features": 1536, "bias": false,
+              "direct_outputs": 160},
+         "model.layers.3.mlp.up_proj":
+             {"form": "id", "rank": 448, "in_features": 576, "out_features": 1536, "bias": false,
+              "direct_outputs": 288, "shared_skeleton": "model.layers.3.mlp.gate_proj"}},
      "files": {"model.safetensors": "<SHA-256>"},
      "compressed_tensors": {...}}        # as compressed-tensors wrote it, or null
 
@@ -36,6 +43,7 @@ __all__ = [
 
 QUANT_METHOD = "cur"
 SCHEMA_VERSION = 1
+_EDITED = "config.json was edited, or belongs to another checkpoint."
 
 
 class LayoutError(ValueError):
@@ -50,7 +58,11 @@ class ModuleLayout(BaseModel):
         axis: whether an interpolative decomposition keeps rows (outputs) or columns (inputs).
         order: ``stored`` where an ``order`` tensor stands beside the factors; ``absorbed`` where a
             neighbouring layer's weights were permuted instead.
-        shared_skeleton: the group whose modules read one skeleton, e.g. q/k/v of a layer.
+        direct_outputs: where a row ID's skeleton is shared, how many of its rows are outputs of
+            this module: each is one of one module at most. None where it is not shared: then all
+            are this module's.
+        shared_skeleton: the module whose skeleton this one uses, e.g. q's in k and v of a layer.
+            None in the module that has it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,13 +74,26 @@ class ModuleLayout(BaseModel):
     bias: bool = False
     axis: Literal["row", "column"] = "row"
     order: Literal["stored", "absorbed"] = "stored"
+    direct_outputs: int | None = Field(default=None, ge=0)
     shared_skeleton: str | None = None
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Self:
-        limit = min(self.in_features, self.out_features)
+        if self.direct_outputs is None:
+            limit, of = min(self.in_features, self.out_features), "min(out_features, in_features)"
+        else:  # the skeleton holds outputs of other modules, too
+            limit, of = self.in_features, "in_features"
         if self.rank > limit:
-            raise ValueError(f"rank {self.rank} is above min(out_features, in_features) = {limit}")
+            raise ValueError(f"rank {self.rank} is above {of} = {limit}")
+        return self
+
+    @model_validator(mode="after")
+    def _direct_outputs_fit(self) -> Self:
+        limit = min(self.rank, self.out_features)
+        if self.direct_outputs is not None and self.direct_outputs > limit:
+            raise ValueError(
+                f"direct_outputs {self.direct_outputs} is above min(rank, out_features) = {limit}"
+            )
         return self
 
     @property
@@ -76,12 +101,14 @@ class ModuleLayout(BaseModel):
         """Weight shape ``(out, in)`` of every factor, by the child's name.
 
         A factor's tensors may be stored packed by compressed-tensors, under its names
-        (``cur_c.weight_packed``, …).
+        (``cur_c.weight_packed``, …). A module that uses another's skeleton has no ``id_s``, and
+        one whose outputs are all in a shared skeleton no ``id_t``.
 
         Raises:
             LayoutError: a variant that the schema knows and this version does not build.
         """
-        if (self.axis, self.order, self.shared_skeleton) != ("row", "stored", None):
+        shared = self.direct_outputs is not None or self.shared_skeleton is not None
+        if (self.axis, self.order) != ("row", "stored") or (shared and self.form != "id"):
             raise LayoutError(
                 f"{self.form} with axis '{self.axis}', order '{self.order}' and shared skeleton "
                 f"{self.shared_skeleton!r} needs a newer cur-modifier. "
@@ -90,7 +117,9 @@ class ModuleLayout(BaseModel):
         m, n, r = self.out_features, self.in_features, self.rank
         if self.form == "cur":
             return {"cur_r": (r, n), "cur_u": (r, r), "cur_c": (m, r)}
-        return {"id_s": (r, n), "id_t": (m - r, r)}
+        rest = m - (r if self.direct_outputs is None else self.direct_outputs)
+        skeleton = {"id_s": (r, n)} if self.shared_skeleton is None else {}
+        return skeleton | ({"id_t": (rest, r)} if rest else {})
 
     @property
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -172,16 +201,56 @@ class Layout(BaseModel):
         return section
 
     def check_supported(self) -> None:
-        """Refuse what the schema knows and this version does not build.
+        """Refuse what the schema knows and this version does not build, or nobody can.
 
         Raises:
-            LayoutError: it names the module and the variant.
+            LayoutError: it names the module and the variant, or the modules of which one can't use
+                the other's skeleton.
         """
         for name, module in self.modules.items():
             try:
                 _ = module.factor_shapes
             except LayoutError as error:
                 raise LayoutError(f"{name}: {error}") from error
+        for leader, sharing in self._sharing().items():
+            rank = self.modules[leader].rank
+            outputs = [self.modules[name].direct_outputs or 0 for name in sharing]
+            if sum(outputs) > rank:
+                raise LayoutError(
+                    f"{' and '.join(sharing)} share a skeleton of rank {rank}, but their "
+                    f"direct_outputs {outputs} add up to {sum(outputs)}. {_EDITED}"
+                )
+
+    def _sharing(self) -> dict[str, list[str]]:
+        """Names of the modules that share a skeleton, by the name of the one that has it."""
+        sharing = {
+            name: [name]
+            for name, module in self.modules.items()
+            if module.direct_outputs is not None and module.shared_skeleton is None
+        }
+        for name, module in self.modules.items():
+            if module.shared_skeleton is None:
+                continue
+            leader = self.modules.get(module.shared_skeleton)
+            if leader is None:
+                problem = "which is not among the factored modules"
+            elif leader.shared_skeleton is not None:
+                problem = f"which itself uses that of {leader.shared_skeleton}"
+            elif leader.form != "id" or leader.direct_outputs is None:
+                problem = "which does not share one (it has no direct_outputs)"
+            elif module.direct_outputs is None:
+                problem = "but has no direct_outputs"
+            elif leader.rank != module.rank:
+                problem = f"whose rank is {leader.rank}; its own is {module.rank}"
+            elif leader.in_features != module.in_features:
+                problem = f"which has {leader.in_features} inputs; its own are {module.in_features}"
+            else:
+                sharing[module.shared_skeleton].append(name)
+                continue
+            raise LayoutError(
+                f"{name} uses the skeleton of {module.shared_skeleton}, {problem}. {_EDITED}"
+            )
+        return sharing
 
     def check_tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Compare the tensors of a checkpoint, by name and shape, with what this layout asks for.
@@ -203,7 +272,7 @@ class Layout(BaseModel):
                 if tuple(found) != shape:
                     raise LayoutError(
                         f"{full} has shape {tuple(found)}; config.json gives rank {module.rank}, "
-                        f"so {shape}. config.json was edited, or belongs to another checkpoint."
+                        f"so {shape}. {_EDITED}"
                     )
 
     def check_files(self, directory: Path) -> None:

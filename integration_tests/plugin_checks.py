@@ -10,17 +10,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
+
+os.environ["VLLM_CPU_INT4_W4A8"] = "0"  # or W4A16 rounds activations where the CPU has AMX
 
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor import parameter
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    LinearBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
@@ -31,13 +39,14 @@ from vllm.model_executor.layers.quantization import (
     QUANTIZATION_METHODS,
     get_quantization_config,
 )
+from vllm.model_executor.models.utils import WeightsMapper
 
 from cur_modifier.layout import Layout, LayoutError, ModuleLayout
 from cur_modifier.vllm import register
 from cur_modifier.vllm.config import CURQuantizationConfig
 
 CHECKS: dict[str, Callable[[], None]] = {}
-WIDTH, HEAD = 32, 8
+WIDTH, HEAD, GROUP = 32, 8, 32
 BLOCK = "model.layers.0.block"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 FORMS = ("dense", "cur", "id")
@@ -85,14 +94,123 @@ class Example:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.product, self.bias)
 
+    def quantize(self, child: str, scheme: str) -> torch.Tensor:
+        """Store a factor as compressed-tensors would; gives its dequantized weight."""
+        weight = self.tensors.pop(f"{child}.weight")
+        bits = 4 if scheme.startswith("W4") else 8
+        groups = weight.unflatten(1, (-1, GROUP if bits == 4 else weight.shape[1]))
+        limit = 2 ** (bits - 1)
+        scale = (groups.abs().amax(-1, keepdim=True) / limit).bfloat16().float()
+        integers = (groups / scale).round().clamp(-limit, limit - 1)
+        stored = integers.flatten(1).to(torch.int8)
+        if bits == 8:
+            self.tensors[f"{child}.weight"] = stored
+            self.tensors[f"{child}.weight_scale"] = scale[..., 0]
+        else:
+            self.tensors[f"{child}.weight_packed"] = pack_to_int32(stored, 4)
+            self.tensors[f"{child}.weight_scale"] = scale[..., 0].bfloat16()
+            self.tensors[f"{child}.weight_shape"] = torch.tensor(weight.shape)
+        if scheme == "W4A16_ASYM":
+            zeros = torch.zeros(scale.shape[:2], dtype=torch.int8)
+            self.tensors[f"{child}.weight_zero_point"] = pack_to_int32(zeros, 4, packed_dim=0)
+        return (integers * scale).flatten(1)
+
+
+def sharing(
+    outs: dict[str, int],
+    leader: str,
+    rank: int,
+    *,
+    width: int = WIDTH,
+    direct: dict[str, int] | None = None,
+    schemes: dict[str, str] | None = None,
+    bias: bool = False,
+) -> dict[str, Example]:
+    """Examples of ``outs`` outputs each that share the leader's skeleton.
+
+    Args:
+        direct: how many rows of the skeleton each has as outputs; by default at random.
+        schemes: quantizes S and T of the modules named.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    m = sum(outs.values())
+    if direct is None:  # as a joint decomposition does it: some outputs are the skeleton's rows
+        joint = torch.randperm(m, generator=generator)
+    else:
+        spare = iter(range(rank, m))
+        own = iter(range(rank))
+        joint = torch.tensor(
+            [
+                next(own) if i < direct[name] else next(spare)
+                for name, out in outs.items()
+                for i in range(out)
+            ]
+        )
+    examples = {}
+    for seed, ((name, out), order) in enumerate(
+        zip(outs.items(), joint.split(list(outs.values())), strict=True)
+    ):
+        example = examples[name] = Example("dense", out, seed, width=width, bias=bias)
+        example.tensors.pop("weight")
+        rest = order >= rank
+        example.layout = ModuleLayout(
+            form="id",
+            rank=rank,
+            in_features=width,
+            out_features=out,
+            bias=bias,
+            direct_outputs=out - int(rest.sum()),
+            shared_skeleton=None if name == leader else f"{BLOCK}.{leader}",
+        )
+        order = torch.where(rest, rank + rest.cumsum(0) - 1, order)
+        example.tensors["order"] = order.int()
+        if rest.any():
+            example.tensors["id_t.weight"] = torch.randn(int(rest.sum()), rank, generator=generator)
+    s = torch.randn(rank, width, generator=generator)
+    examples[leader].tensors["id_s.weight"] = s
+    schemes = schemes or {}
+    if leader in schemes:
+        s = examples[leader].quantize("id_s", schemes[leader])
+    for name, example in examples.items():
+        t = example.tensors.get("id_t.weight", torch.empty(0, rank))
+        if name in schemes and len(t):
+            t = example.quantize("id_t", schemes[name])
+        example.product = torch.cat([s, t @ s])[example.tensors["order"].long()]
+    return examples
+
+
+def compressed_tensors(schemes: dict[str, str]) -> dict[str, Any]:
+    """The section of a checkpoint whose modules are quantized so."""
+    groups: dict[str, Any] = {}
+    for scheme in set(schemes.values()):
+        eight = scheme == "W8A8"
+        common = {"num_bits": 8 if eight else 4, "type": "int"}
+        weights = common | {
+            "symmetric": scheme != "W4A16_ASYM",
+            "strategy": "channel" if eight else "group",
+        }
+        activations = common | {"symmetric": True, "strategy": "token", "dynamic": True}
+        groups[scheme] = {
+            "targets": [f"re:.*{name}.id_[st]$" for name, s in schemes.items() if s == scheme],
+            "weights": weights if eight else weights | {"group_size": GROUP},
+            "input_activations": activations if eight else None,
+            "format": "int-quantized" if eight else "pack-quantized",
+        }
+    return {"config_groups": groups, "format": "pack-quantized", "ignore": []}
+
 
 @contextmanager
 def built(
-    kind: type, name: str, examples: dict[str, Example], *sizes: Any, **kwargs: Any
+    kind: type,
+    name: str,
+    examples: dict[str, Example],
+    *sizes: Any,
+    section: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Iterator[Any]:
     """A vLLM Linear with the examples as parts, not loaded yet."""
     modules = {f"{BLOCK}.{n}": e.layout for n, e in examples.items() if e.layout is not None}
-    config = CURQuantizationConfig(Layout(modules=modules))
+    config = CURQuantizationConfig(Layout(modules=modules, compressed_tensors=section))
     config.packed_modules_mapping = FUSED
     bias = any(example.bias is not None for example in examples.values())
     with set_current_vllm_config(VllmConfig()):
@@ -120,6 +238,17 @@ def load(layer: Any, examples: dict[str, Example], *, skip: str = "") -> None:
     for module in list(layer.modules()):  # parents first, as vLLM goes
         if hasattr(module, "quant_method"):
             module.quant_method.process_weights_after_loading(module)
+
+
+@contextmanager
+def pretend(rank: int, size: int) -> Iterator[None]:
+    """Make Linears as on one of several ranks. They must not communicate."""
+    with ExitStack() as stack:
+        for module in (linear, parameter):
+            for name, value in (("rank", rank), ("world_size", size)):
+                function = f"get_tensor_model_parallel_{name}"
+                stack.enter_context(mock.patch.object(module, function, lambda value=value: value))
+        yield
 
 
 def raises(message: str, function: Callable[[], Any]) -> None:
@@ -215,6 +344,241 @@ def compiled_without_a_graph_break() -> None:
         x = torch.randn(5, WIDTH)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+QKV = {"q_proj": 4 * HEAD, "k_proj": 2 * HEAD, "v_proj": 2 * HEAD}
+QKV_SIZES = (WIDTH, HEAD, 4, 2)
+GROUPS = [("q_proj", "k_proj", "v_proj"), *itertools.combinations(QKV, 2)]
+
+
+def grouped(
+    group: tuple[str, ...], leader: str, form: str, *, bias: bool = False, rank: int = 20
+) -> dict[str, Example]:
+    """q, k and v: those of the group share a skeleton, which the leader has; another form else."""
+    shared = sharing({name: QKV[name] for name in group}, leader, rank, bias=bias)
+    others = {n: Example(form, QKV[n], seed, bias=bias) for seed, n in enumerate(QKV)}
+    return {name: shared.get(name, others[name]) for name in QKV}
+
+
+@check
+def every_way_to_share_a_skeleton_in_query_key_value() -> None:
+    for group in GROUPS:
+        for leader, form in itertools.product(group, FORMS):
+            examples = grouped(group, leader, form, bias=True)
+            with built(QKVParallelLinear, "qkv_proj", examples, *QKV_SIZES) as layer:
+                load(layer, examples)
+                compare(layer, examples)
+                assert len(layer.parts) == 4 - len(group)
+
+
+@check
+def one_first_and_one_second_stage() -> None:
+    for examples, kind, name, sizes in (
+        (grouped(GROUPS[0], "k_proj", "dense"), QKVParallelLinear, "qkv_proj", QKV_SIZES),
+        (
+            sharing({"gate_proj": 24, "up_proj": 24}, "gate_proj", 20),
+            MergedColumnParallelLinear,
+            "gate_up_proj",
+            (WIDTH, [24, 24]),
+        ),
+    ):
+        with built(kind, name, examples, *sizes) as layer:
+            load(layer, examples)
+            compare(layer, examples)
+            linears = {
+                path: (module.input_size, module.output_size)
+                for path, module in layer.named_modules()
+                if path and isinstance(module, LinearBase)
+            }
+            total = sum(len(example.product) for example in examples.values())
+            assert linears == {"parts.0.id_s": (WIDTH, 20), "parts.0.id_t.0": (20, total - 20)}
+
+
+@check
+def a_skeleton_may_be_one_modules_outputs() -> None:
+    outs = {"gate_proj": 24, "up_proj": 24}
+    for leader in outs:
+        for gate in (0, 24):  # all of the skeleton is of one module, which may have no T
+            direct = {"gate_proj": gate, "up_proj": 24 - gate}
+            examples = sharing(outs, leader, 24, direct=direct)
+            layers = built(MergedColumnParallelLinear, "gate_up_proj", examples, WIDTH, [24, 24])
+            with layers as layer:
+                load(layer, examples)
+                compare(layer, examples)
+
+
+def outputs_of(examples: dict[str, Example], x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """What one of several ranks computes of q, k and v, with two heads of key and value."""
+    mine = []
+    for name, example in examples.items():
+        pieces = size if name == "q_proj" else min(size, 2)
+        mine.append(example(x).chunk(pieces, -1)[rank * pieces // size])
+    return torch.cat(mine, -1)
+
+
+@check
+def every_rank_of_a_shared_skeleton() -> None:
+    for size in (2, 4):  # heads of key and value are split over 2 ranks and repeated on 4
+        for group, rank in itertools.product(GROUPS, range(size)):
+            examples = grouped(group, group[-1], "id", rank=12 + size)
+            with pretend(rank, size):
+                with built(QKVParallelLinear, "qkv_proj", examples, *QKV_SIZES) as layer:
+                    load(layer, examples)
+                x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(9))
+                wanted = outputs_of(examples, x, rank, size)
+                torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@check
+def a_shared_skeleton_compiles_without_a_graph_break() -> None:
+    examples = grouped(("k_proj", "v_proj"), "k_proj", "cur")
+    with built(QKVParallelLinear, "qkv_proj", examples, *QKV_SIZES) as layer:
+        load(layer, examples)
+        x = torch.randn(5, WIDTH)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def quantized(
+    schemes: dict[str, str],
+    direct: dict[str, int],
+    x: torch.Tensor,
+    *,
+    leader: str = "q_proj",
+    rank: int = 0,
+    size: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """What q, k and v of a shared skeleton give in bfloat16, what they should, and their Linear."""
+    outs = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
+    width = x.shape[-1]
+    examples = sharing(outs, leader, 32, width=width, direct=direct, schemes=schemes)
+    layers = built(
+        QKVParallelLinear,
+        "qkv_proj",
+        examples,
+        width,
+        16,
+        4,
+        2,
+        section=compressed_tensors(schemes),
+        params_dtype=torch.bfloat16,
+    )
+    with pretend(rank, size), layers as layer:
+        load(layer, examples)
+    wanted = outputs_of(examples, x, rank, size)
+    return layer(x.bfloat16()).float(), wanted, layer
+
+
+@check
+def quantized_second_stages_are_stacked() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(9)).bfloat16().float()
+    direct = {"q_proj": 7, "k_proj": 14, "v_proj": 11}  # no kernel takes 57, 18 or 21 outputs
+    for scheme in ("W4A16", "W8A8"):
+        for leader in QKV:
+            got, wanted, layer = quantized(dict.fromkeys(QKV, scheme), direct, x, leader=leader)
+            [stage] = layer.parts[0].id_t
+            assert stage.output_size == 96
+            assert not isinstance(stage.quant_method, UnquantizedLinearMethod)
+            error = (got - wanted).norm() / wanted.norm()
+            assert error < (0.01 if scheme == "W4A16" else 0.03), (scheme, leader, error)
+
+
+@check
+def quantized_second_stages_of_every_rank() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(9)).bfloat16().float()
+    for scheme, rank in itertools.product(("W4A16", "W8A8"), range(2)):
+        # 32, 6 and 16 rows at most, which no kernel takes; so 64, as for a row ID of all three.
+        direct = {"q_proj": 0, "k_proj": 26, "v_proj": 6}
+        got, wanted, layer = quantized(dict.fromkeys(QKV, scheme), direct, x, rank=rank, size=2)
+        assert layer.parts[0].id_t[0].output_size == 64
+        error = (got - wanted).norm() / wanted.norm()
+        assert error < (0.01 if scheme == "W4A16" else 0.03), (scheme, rank, error)
+
+
+@check
+def second_stages_that_are_quantized_differently() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(9)).bfloat16().float()
+    direct = {"q_proj": 32, "k_proj": 0, "v_proj": 0}
+    for schemes, stages in (
+        ({"q_proj": "W4A16", "k_proj": "W4A16"}, [64, 32]),
+        ({"q_proj": "W8A8", "v_proj": "W4A16"}, [32, 32, 32]),
+        ({"k_proj": "W8A8"}, [64, 32]),
+    ):
+        got, wanted, layer = quantized(schemes, direct, x)
+        assert [stage.output_size for stage in layer.parts[0].id_t] == stages
+        error = (got - wanted).norm() / wanted.norm()
+        assert error < 0.03, (schemes, error)
+
+
+@check
+def zero_points_are_stacked_or_refused() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(9)).bfloat16().float()
+    schemes = dict.fromkeys(QKV, "W4A16_ASYM")
+    got, wanted, _ = quantized(schemes, {"q_proj": 8, "k_proj": 16, "v_proj": 8}, x)
+    assert (got - wanted).norm() / wanted.norm() < 0.01
+    raises(
+        "q_proj.id_t has 57 rows, whose zero points are packed by 8: they can't be stacked",
+        lambda: quantized(schemes, {"q_proj": 7, "k_proj": 14, "v_proj": 11}, x),
+    )
+
+
+@check
+def what_a_shared_skeleton_lacks_is_named() -> None:
+    examples = grouped(("k_proj", "v_proj"), "v_proj", "dense")
+    for name in ("k_proj", "v_proj"):
+        for key, tensor in list(examples[name].tensors.items()):
+            with built(QKVParallelLinear, "qkv_proj", examples, *QKV_SIZES) as layer:
+                raises(
+                    f"{BLOCK}.{name}.{key} is missing from the checkpoint",
+                    lambda layer=layer, skip=f"{name}.{key}": load(layer, examples, skip=skip),
+                )
+            if key.endswith("weight"):
+                for changed in (tensor[1:], torch.cat([tensor, tensor[:1]]), tensor[:, 1:]):
+                    examples[name].tensors[key] = changed
+                    with built(QKVParallelLinear, "qkv_proj", examples, *QKV_SIZES) as layer:
+                        message = f"{BLOCK}.{name}.{key} has shape"
+                        raises(message, lambda layer=layer: load(layer, examples))
+                examples[name].tensors[key] = tensor
+
+
+@check
+def orders_that_lead_nowhere_are_named() -> None:
+    examples = grouped(("k_proj", "v_proj"), "v_proj", "dense")
+    order = examples["k_proj"].tensors["order"]
+    for entry in (-1, int(order[0]), 20 + len(order)):
+        examples["k_proj"].tensors["order"] = torch.cat([order[:-1], torch.tensor([entry]).int()])
+        with built(QKVParallelLinear, "qkv_proj", examples, *QKV_SIZES) as layer:
+            raises(
+                f"{BLOCK}.k_proj.order is not each of the",
+                lambda layer=layer: load(layer, examples),
+            )
+
+
+@check
+def a_skeleton_of_another_linear_is_refused() -> None:
+    examples = sharing({"q_proj": 32, "o_proj": 32}, "q_proj", 20)
+    modules = {f"{BLOCK}.{name}": example.layout for name, example in examples.items()}
+    config = CURQuantizationConfig(Layout(modules=modules))
+    config.packed_modules_mapping = FUSED
+    raises(
+        f"{BLOCK}.o_proj uses the skeleton of {BLOCK}.q_proj, which vLLM does not run in the same",
+        lambda: RowParallelLinear(
+            WIDTH, 32, bias=False, quant_config=config, prefix=f"{BLOCK}.o_proj"
+        ),
+    )
+
+
+@check
+def leaders_have_the_names_that_vllm_gives() -> None:
+    examples = sharing({"gate_proj": 24, "up_proj": 24}, "up_proj", 20)
+    modules = {f"{BLOCK}.{name}": example.layout for name, example in examples.items()}
+    config = CURQuantizationConfig(Layout(modules=modules))
+    mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
+    with mock.patch.object(CURQuantizationConfig, "_check_tensor_parallel"):
+        config.apply_vllm_mapper(mapper)
+    block = f"language_model.{BLOCK}"
+    assert config.modules[f"{block}.gate_proj"].shared_skeleton == f"{block}.up_proj"
+    assert config.modules[f"{block}.up_proj"].shared_skeleton is None
 
 
 @check

@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur_modifier.factored import CURLinear, FactoredLinear, InterpolativeLinear
+from cur_modifier.factored import (
+    CURLinear,
+    FactoredLinear,
+    InterpolativeLinear,
+    answering_dense,
+)
 from cur_modifier.linalg import cur, interpolative
 
 
@@ -79,6 +84,28 @@ def test_the_stand_in_answers_until_the_factors_come(form: str) -> None:
         layer.load_factors(interpolative(W, 3), dense.bias.detach())
     assert layer.dense is None
     torch.testing.assert_close(layer(x), layer.to_dense()(x))
+
+
+@pytest.mark.parametrize("form", ["cur", "id"])
+def test_the_dense_layer_can_stay_as_teacher(form: str) -> None:
+    fitted = make(form, 8, 6, 3, True, torch.float32)
+    dense = torch.nn.Linear(6, 8)
+    layer = type(fitted)(6, 8, 3, bias=True)
+    layer.stand_in(dense)
+    layer.keep_dense()
+    W, bias = dense.weight.detach(), dense.bias.detach()
+    three = torch.arange(3)
+    layer.load_factors(cur(W, three, three) if form == "cur" else interpolative(W, 3), bias)
+    x = torch.randn(2, 6)
+    assert layer.dense is None and layer.teacher is dense
+    assert dense not in list(layer.modules())
+    student = layer(x)
+    with answering_dense(torch.nn.Sequential(layer, torch.nn.Identity())):
+        assert torch.equal(layer(x), dense(x))
+    assert torch.equal(layer(x), student) and not torch.equal(student, dense(x))
+    layer.drop_teacher()
+    with answering_dense(layer):
+        assert torch.equal(layer(x), student)
 
 
 def test_containers_are_not_linears_and_factors_are() -> None:

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur_modifier.factored import FACTORED_CLASSES
+from cur_modifier.factored import FACTORED_CLASSES, shared_skeleton
 from cur_modifier.layout import Layout, LayoutError, ModuleLayout, Producer, checksum
 
 MODULE = {"form": "cur", "rank": 4, "in_features": 8, "out_features": 6, "bias": False}
+
+SHARING = {"form": "id", "rank": 7, "in_features": 8, "out_features": 6, "direct_outputs": 2}
 
 
 def section(**changes: Any) -> dict[str, Any]:
@@ -29,10 +31,18 @@ def section(**changes: Any) -> dict[str, Any]:
     bias=st.booleans(),
     axis=st.sampled_from(["row", "column"]),
     order=st.sampled_from(["stored", "absorbed"]),
-    shared=st.sampled_from([None, "layers.0.qkv"]),
+    direct=st.sampled_from([None, 0, 1]),
+    shared=st.sampled_from([None, "layers.0.q_proj"]),
 )
 def test_written_layouts_are_read_back(
-    form: Any, m: int, n: int, bias: bool, axis: Any, order: Any, shared: str | None
+    form: Any,
+    m: int,
+    n: int,
+    bias: bool,
+    axis: Any,
+    order: Any,
+    direct: int | None,
+    shared: str | None,
 ) -> None:
     module = ModuleLayout(
         form=form,
@@ -42,6 +52,7 @@ def test_written_layouts_are_read_back(
         bias=bias,
         axis=axis,
         order=order,
+        direct_outputs=direct,
         shared_skeleton=shared,
     )
     layout = Layout(
@@ -58,6 +69,22 @@ def test_shapes_are_those_of_the_modules(form: Any, bias: bool) -> None:
     assert {k: tuple(f.weight.shape) for k, f in module.factors.items()} == layout.factor_shapes
 
 
+def test_shapes_are_those_of_modules_that_share() -> None:
+    direct = [3, 1, 0]
+    modules = shared_skeleton(8, [3, 6, 2], 4, direct)
+    for k, module in enumerate(modules):
+        layout = ModuleLayout(
+            form="id",
+            rank=4,
+            in_features=8,
+            out_features=module.out_features,
+            direct_outputs=direct[k],
+            shared_skeleton="a" if k else None,
+        )
+        stored = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        assert stored == layout.tensor_shapes
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -67,6 +94,9 @@ def test_shapes_are_those_of_the_modules(form: Any, bias: bool) -> None:
         (section(modules={"a": MODULE | {"form": "svd"}}), "modules.a.form"),
         (section(modules={"a": MODULE | {"rank": 7}}), r"rank 7 is above min.* = 6"),
         (section(modules={"a": MODULE | {"rank": 0}}), "modules.a.rank"),
+        (section(modules={"a": SHARING | {"rank": 9}}), r"rank 9 is above in_features = 8"),
+        (section(modules={"a": SHARING | {"direct_outputs": 7}}), r"direct_outputs 7 .* = 6"),
+        (section(modules={"a": SHARING | {"direct_outputs": -1}}), r"modules.a.direct_outputs"),
         (section(modules={"a": MODULE | {"colour": "red"}}), "colour"),
         (section(quant_method="awq"), "quant_method"),
     ],
@@ -77,11 +107,87 @@ def test_what_cannot_be_read_is_named(changed: dict[str, Any], message: str) -> 
 
 
 @pytest.mark.parametrize(
-    "variant", [{"axis": "column"}, {"order": "absorbed"}, {"shared_skeleton": "g"}]
+    "variant",
+    [
+        {"axis": "column"},
+        {"order": "absorbed"},
+        {"form": "cur", "shared_skeleton": "g"},
+        {"axis": "column", "direct_outputs": 2, "shared_skeleton": "g"},
+    ],
 )
 def test_variants_of_later_versions_say_so(variant: dict[str, Any]) -> None:
     with pytest.raises(LayoutError, match=r"needs a newer cur-modifier.*pip install -U"):
         _ = ModuleLayout.model_validate(MODULE | {"form": "id"} | variant).factor_shapes
+
+
+def sharing(**changes: dict[str, Any]) -> Layout:
+    """q, k and v with one skeleton of rank 7, q's; and o, which shares nothing."""
+    modules: dict[str, Any] = {
+        "a.q_proj": SHARING | {"direct_outputs": 6},
+        "a.k_proj": SHARING | {"direct_outputs": 1, "shared_skeleton": "a.q_proj"},
+        "a.v_proj": SHARING | {"direct_outputs": 0, "shared_skeleton": "a.q_proj"},
+        "a.o_proj": MODULE | {"form": "id"},
+    }
+    for name, change in changes.items():
+        modules[f"a.{name}_proj"] = modules[f"a.{name}_proj"] | change
+    return Layout.read(section(modules=modules))
+
+
+def test_modules_that_share_a_skeleton() -> None:
+    layout = sharing()
+    layout.check_supported()
+    assert Layout.read(layout.write()) == layout
+    shapes = {
+        f"a.o_proj.{key}": shape for key, shape in layout.modules["a.o_proj"].tensor_shapes.items()
+    }
+    shapes |= {
+        "a.q_proj.id_s.weight": (7, 8),  # and no id_t: all outputs are in the skeleton
+        "a.q_proj.order": (6,),
+        "a.k_proj.id_t.weight": (5, 7),
+        "a.k_proj.order": (6,),
+        "a.v_proj.id_t.weight": (6, 7),
+        "a.v_proj.order": (6,),
+    }
+    layout.check_tensors(shapes)
+    for key in shapes:
+        with pytest.raises(LayoutError, match=f"{key} is missing"):
+            layout.check_tensors({k: s for k, s in shapes.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"k": {"shared_skeleton": "a.x_proj"}},
+            "a.k_proj uses the skeleton of a.x_proj, which is not among the factored modules",
+        ),
+        (
+            {"v": {"shared_skeleton": "a.k_proj"}},
+            "a.v_proj uses the skeleton of a.k_proj, which itself uses that of a.q_proj",
+        ),
+        (
+            {"q": {"shared_skeleton": "a.q_proj"}},
+            "a.q_proj uses the skeleton of a.q_proj, which itself",
+        ),
+        (
+            {"k": {"shared_skeleton": "a.o_proj"}},
+            "a.k_proj uses the skeleton of a.o_proj, which does not share one",
+        ),
+        (
+            {"k": {"direct_outputs": None, "rank": 6}},
+            "a.k_proj uses .* a.q_proj, but has no direct_outputs",
+        ),
+        ({"k": {"rank": 5}}, "a.k_proj uses .* a.q_proj, whose rank is 7; its own is 5"),
+        ({"k": {"in_features": 9}}, "a.k_proj uses .* a.q_proj, which has 8 inputs; its own are 9"),
+        (
+            {"v": {"direct_outputs": 1}},
+            r"a.q_proj and a.k_proj and a.v_proj share .* rank 7, .* \[6, 1, 1\] add up to 8",
+        ),
+    ],
+)
+def test_skeletons_that_cannot_be_shared_name_both(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        sharing(**changes).check_supported()
 
 
 def test_layout_needs_pydantic_alone() -> None:

@@ -89,7 +89,11 @@ class CURQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         layout = self.quantization_config.layout
         _check_files(layout, kwargs.get("checkpoint_files") or [])
-        for name, module in layout.modules.items():
+        layout.check_supported()
+        # Whoever uses another's skeleton comes after it.
+        for name, module in sorted(
+            layout.modules.items(), key=lambda m: bool(m[1].shared_skeleton)
+        ):
             _swap(model, name, module, kwargs.get("dtype"))
         if self.inner is not None:
             self.inner._process_model_before_weight_loading(model, **kwargs)
@@ -132,6 +136,11 @@ def _swap(model: nn.Module, name: str, layout: ModuleLayout, dtype: torch.dtype 
             f"model builds it as {dense.out_features}x{dense.in_features}. config.json was edited, "
             "or belongs to another checkpoint."
         )
+    variant: dict[str, Any] = {}
+    if layout.direct_outputs is not None:
+        variant["direct_outputs"] = layout.direct_outputs
+    if layout.shared_skeleton is not None:
+        variant["leader"] = model.get_submodule(layout.shared_skeleton)
     factored = FACTORED_CLASSES[layout.form](
         layout.in_features,
         layout.out_features,
@@ -139,6 +148,7 @@ def _swap(model: nn.Module, name: str, layout: ModuleLayout, dtype: torch.dtype 
         bias=layout.bias,
         device="meta",
         dtype=dtype,
+        **variant,
     )
     setattr(model.get_submodule(parent_name), child, factored)
 

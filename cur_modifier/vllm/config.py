@@ -96,7 +96,14 @@ class CURQuantizationConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Call the modules what vLLM's model class calls them."""
-        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+        self.modules = {
+            name: module.model_copy(
+                update={"shared_skeleton": hf_to_vllm_mapper.map_name(module.shared_skeleton)}
+            )
+            if module.shared_skeleton
+            else module
+            for name, module in hf_to_vllm_mapper.apply_dict(self.modules).items()
+        }
         if self.inner is not None:
             self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
         self._check_tensor_parallel()
@@ -127,7 +134,8 @@ class CURQuantizationConfig(QuantizationConfig):
         vLLM's own.
 
         Raises:
-            LayoutError: factored modules inside a layer that is no Linear.
+            LayoutError: factored modules inside a layer that is no Linear, or a skeleton that is
+                shared with a module outside it.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
@@ -137,6 +145,7 @@ class CURQuantizationConfig(QuantizationConfig):
             names = self._parts(prefix)
             parts = {name: self.modules.get(name) for name in names}
             if any(parts.values()):
+                self._check_skeletons(prefix, names)
                 self._claimed.update(parts)
                 self._pipeline = (
                     get_current_vllm_config().parallel_config.pipeline_parallel_size > 1
@@ -151,6 +160,18 @@ class CURQuantizationConfig(QuantizationConfig):
         if self.inner is not None:
             return self.inner.get_quant_method(layer, prefix)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _check_skeletons(self, prefix: str, names: list[str]) -> None:
+        """A skeleton is computed where it is used: in one Linear of vLLM's."""
+        for name in names:
+            leader = name in self.modules and self.modules[name].shared_skeleton
+            if leader and leader not in names:
+                raise LayoutError(
+                    f"{name} uses the skeleton of {leader}, which vLLM does not run in the same "
+                    f"Linear ({prefix}). This plugin serves skeletons that are shared within q/k/v "
+                    "or within gate/up, where vLLM fuses them. Compress the model again with a "
+                    "skeleton of its own for each of the two."
+                )
 
     def _parts(self, prefix: str) -> list[str]:
         """Checkpoint names of the Linears that the one called ``prefix`` holds, in its order."""

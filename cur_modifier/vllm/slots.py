@@ -1,0 +1,139 @@
+"""Where vLLM's loaders find the tensors of a factored Linear's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from cur_modifier.layout import LayoutError
+
+if TYPE_CHECKING:
+    from cur_modifier.vllm.parts import Part
+
+__all__ = ["DAMAGED", "Slots"]
+
+DAMAGED = "The files were changed or damaged: download or save the checkpoint again."
+
+
+class Slots:
+    """Where vLLM's loaders find the checkpoint's tensors of one Linear.
+
+    vLLM looks up ``q_proj.cur_c.weight`` as ``qkv_proj.cur_c.weight`` and hands over a shard id.
+    So each name is an empty parameter whose loader passes the tensor on by that id. All are gone
+    after loading.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.loaders: dict[str, dict[Any, tuple[str, Callable[[torch.Tensor], None]]]] = {}
+        self.missing: set[str] = set()
+
+    def declare(
+        self,
+        part: Part,
+        child: str,
+        linear: LinearBase,
+        load: Callable[[nn.Parameter, torch.Tensor], None] | None = None,
+    ) -> None:
+        """A slot for every parameter of ``linear``."""
+        for name, param in linear.named_parameters(recurse=False):
+            key = f"{child}.{name}" if child else name
+            loader = load or param.weight_loader
+            self.add(part, key, partial(_load, part, key, linear, loader, param), param.dtype)
+
+    def add(
+        self,
+        part: Part,
+        key: str,
+        load: Callable[[torch.Tensor], None],
+        dtype: torch.dtype = torch.int32,
+    ) -> None:
+        """A slot for ``<part>.<key>``."""
+        if key not in self.loaders:
+            self.loaders[key] = {}
+            slot = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            set_weight_attrs(slot, {"weight_loader": partial(self._receive, key)})
+            holder, _, name = key.rpartition(".")
+            if holder and not hasattr(self.layer, holder):
+                self.layer.add_module(holder, nn.Module())
+            self.layer.get_submodule(holder).register_parameter(name, slot)
+        self.loaders[key][part.shard_id] = (part.name, load)
+        self.missing.add(f"{part.name}.{key}")
+
+    def add_bias(self, part: Part, key: str) -> None:
+        """A slot that hands a factor's bias to the layer's, which vLLM makes after the weights."""
+        shard = () if part.shard_id is None else (part.shard_id,)
+
+        def load(tensor: torch.Tensor) -> None:
+            bias = self.layer.bias
+            if bias is None:
+                raise LayoutError(
+                    f"config.json says that {part.name} has a bias, and vLLM's model has none "
+                    "there. config.json was edited, or belongs to another checkpoint."
+                )
+            bias.weight_loader(bias, tensor, *shard)
+
+        self.add(part, key, load)
+
+    def _receive(
+        self, key: str, slot: nn.Parameter, tensor: torch.Tensor, shard_id: Any = None
+    ) -> None:
+        if shard_id not in self.loaders[key]:
+            known = ", ".join(name for name, _ in self.loaders[key].values())
+            raise LayoutError(
+                f"the checkpoint has a '{key}' for shard {shard_id!r} of {self.layer.prefix}; "
+                f"config.json gives one to {known} only. {DAMAGED}"
+            )
+        name, load = self.loaders[key][shard_id]
+        load(tensor)
+        self.missing.discard(f"{name}.{key}")
+
+    def close(self) -> None:
+        """Remove the slots.
+
+        Raises:
+            LayoutError: a tensor that never came; it would be served as noise.
+        """
+        if self.missing:
+            raise LayoutError(
+                f"{sorted(self.missing)[0]} is missing from the checkpoint"
+                f"{f' (and {len(self.missing) - 1} more)' if len(self.missing) > 1 else ''}. "
+                "Download or save it again."
+            )
+        for key in self.loaders:
+            holder, _, name = key.rpartition(".")
+            if not holder:
+                delattr(self.layer, name)
+            elif hasattr(self.layer, holder):
+                delattr(self.layer, holder)
+        self.loaders = {}
+
+
+def _load(
+    part: Part,
+    key: str,
+    linear: LinearBase,
+    loader: Callable[..., None],
+    param: nn.Parameter,
+    tensor: torch.Tensor,
+) -> None:
+    """Load one tensor, or say which it was that did not fit."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise LayoutError(f"{part.name}.{key} holds numbers that are not finite. {DAMAGED}")
+    # The layer above has marked the parameters of all below it with its own rank and size.
+    linear.update_param_tp_status()
+    try:
+        loader(param, tensor)
+    except LayoutError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise LayoutError(
+            f"{part.name}.{key} has shape {tuple(tensor.shape)}, which does not fit config.json "
+            f"({error}). {DAMAGED}"
+        ) from error
