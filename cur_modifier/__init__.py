@@ -1,8 +1,8 @@
 """Structured compression of language models as a stage of llm-compressor recipes.
 
-Importing this package registers ``CURModifier`` with llm-compressor and the quantizer ``cur`` with
-transformers, where they are installed. Where they are not (a serving environment, a laptop that
-only reads layouts), it imports all the same.
+Importing this package registers ``CURModifier`` and ``CURHealModifier`` with llm-compressor and the
+quantizer ``cur`` with transformers, where they are installed. Where they are not (a serving
+environment, a laptop that only reads layouts), it imports all the same.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cur_modifier.modifiers import CURHealModifier as CURHealModifier
     from cur_modifier.modifiers import CURModifier as CURModifier
 
-__all__ = ["CURModifier"]
+__all__ = ["CURHealModifier", "CURModifier"]
 
 
 def _register() -> None:
@@ -28,16 +29,16 @@ def _register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name != "CURModifier":
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if find_spec("llmcompressor") is None:
         raise ImportError(
-            "CURModifier needs llm-compressor, which is not installed here. "
+            f"{name} needs llm-compressor, which is not installed here. "
             "Install it with: pip install 'cur-modifier[compress]'"
         )
-    from cur_modifier.modifiers import CURModifier
+    from cur_modifier import modifiers
 
-    return CURModifier
+    return getattr(modifiers, name)
 
 
 _register()

@@ -16,18 +16,20 @@ from cur_modifier.linalg import (
     stored_parameters,
 )
 
-__all__ = ["Fit", "LayersConfig", "RankConfig"]
+__all__ = ["Fit", "LayersConfig", "RankConfig", "RefineConfig", "SensitivityConfig"]
 
 DEFAULT_LAYER_COUNT = 10
 
 
 class Fit(StrEnum):
-    """The norm ``‖(W − Ŵ) N‖_F`` in which the free factors are fitted.
+    """The norm ``‖M (W − Ŵ) N‖_F`` in which the free factors are fitted.
 
-    ``gram``: ``N = G^{1/2}``, the layer's mean squared output error; ``diag``: its diagonal alone;
-    ``weight``: ``N = I``, no activations.
+    ``loss``: ``N = G^{1/2}`` of the inputs and ``M = H^{1/2}`` of the loss's gradients at the
+    outputs, the growth of the loss itself; ``gram``: ``M = I``, the layer's mean squared output
+    error; ``diag``: the diagonal of ``G`` alone; ``weight``: ``N = I``, no activations.
     """
 
+    LOSS = "loss"
     GRAM = "gram"
     DIAG = "diag"
     WEIGHT = "weight"
@@ -39,7 +41,7 @@ class Fit(StrEnum):
 
 
 class RankConfig(BaseModel):
-    """One way to choose the rank of a module. Exactly one field is given.
+    """One way to choose the ranks: exactly one of fixed, max, ratio and energy.
 
     Attributes:
         fixed: this rank.
@@ -48,6 +50,11 @@ class RankConfig(BaseModel):
         energy: the smallest rank that holds this share of the squared spectrum of the weight,
             scaled by the root mean square of its inputs (unless the fit is ``weight``). A module
             whose rank would store no less than the dense layer stays dense, and the log says so.
+        budget: ``uniform`` gives every module the ``ratio``; ``sensitivity`` spends the same
+            parameters over all modules where the loss grows least (see ``SensitivityConfig``); a
+            module may stay dense.
+        least: with ``sensitivity``, the smallest ratio of a single module. The estimate is of
+            second order and knows little of what happens far from the dense weight.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,6 +63,8 @@ class RankConfig(BaseModel):
     max: int | None = Field(default=None, ge=1)
     ratio: float | None = None
     energy: float | None = None
+    budget: Literal["uniform", "sensitivity"] = "uniform"
+    least: float = Field(default=0.3, ge=0, lt=1)
 
     @field_validator("ratio", "energy")
     @classmethod
@@ -69,11 +78,17 @@ class RankConfig(BaseModel):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        given = sorted(self.model_fields_set - {k for k, v in self if v is None})
+        ways = {"fixed", "max", "ratio", "energy"}
+        given = sorted(way for way in ways if getattr(self, way) is not None)
         if len(given) != 1:
             raise ValueError(
                 f"rank has {given or 'nothing'} set; give exactly one of fixed, max, ratio, "
                 "energy, e.g. `rank: {ratio: 0.8}`."
+            )
+        if self.budget == "sensitivity" and self.ratio is None:
+            raise ValueError(
+                f"budget 'sensitivity' spends a ratio, but {given[0]} is given. Write e.g. "
+                "`rank: {ratio: 0.8, budget: sensitivity}`."
             )
         return self
 
@@ -90,8 +105,9 @@ class RankConfig(BaseModel):
         """The rank for a ``(m, n)`` weight, or None where the module should stay dense.
 
         Args:
-            needed: the energy rank, which only the data can tell. Without it an ``energy`` wish
-                answers with the smallest rank it may take, of which every other is a multiple.
+            needed: the energy rank, which only the data can tell. Without it an ``energy`` wish,
+                and a budget by sensitivity, answer with the smallest rank that they may choose, of
+                which every other is a multiple.
 
         Raises:
             ValueError: no rank meets the wish; it names the wish, the bound and the remedy.
@@ -100,7 +116,7 @@ class RankConfig(BaseModel):
         if self.fixed is not None:
             return self._fixed(form, m, n, limit, multiple_of)
         bound = min(break_even_rank(form, m, n, bias=bias), limit)
-        if self.energy is not None:
+        if self.energy is not None or self.budget == "sensitivity":
             rank = round_rank_up(needed or 1, multiple_of)
             return rank if rank <= bound else None
         if self.max is not None:
@@ -136,6 +152,49 @@ class RankConfig(BaseModel):
                 f"Use {round_rank_down(self.fixed, multiple_of) or multiple_of}."
             )
         return self.fixed
+
+
+class SensitivityConfig(BaseModel):
+    """How the loss's curvature at the modules' outputs is measured: one pass of gradients.
+
+    Attributes:
+        samples: calibration samples that are run backwards.
+        damping: share of its mean diagonal that is added to the metric of a module's outputs. The
+            curvature is known from few tokens and at the dense model only.
+        cache: a file to keep the measurement in. By default it is kept in
+            ``$CUR_MODIFIER_CACHE`` or ``~/.cache/cur_modifier``, under a name made of the weights,
+            the data and these settings.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    samples: int = Field(default=32, ge=1)
+    damping: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    cache: str | None = None
+
+
+class RefineConfig(BaseModel):
+    """How the factors of a decoder layer are trained after the fit, before the next layer's.
+
+    Attributes:
+        epochs: passes over the calibration windows that are not held out.
+        batch_size: windows a step.
+        learning_rate: of Adam at the first step; it falls along half a cosine.
+        train: ``free`` trains the factors that the form leaves free (``U`` of CUR, ``T`` of a row
+            ID); ``all`` trains all factors: a CUR's rows and columns are then real no more.
+        norms: also train the layer's normalization weights.
+        validation_share: part of the windows held out. What is kept is never worse on them than the
+            fit.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
+    train: Literal["free", "all"] = "all"
+    norms: bool = True
+    validation_share: float = Field(default=1 / 8, gt=0, le=0.5)
 
 
 class LayersConfig(BaseModel):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -16,6 +17,7 @@ from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_serializer, model_validator
 from torch import nn
+from tqdm import tqdm
 
 from cur_modifier.checkpoint import wrap_save_pretrained
 from cur_modifier.factored import FactoredLinear
@@ -24,12 +26,22 @@ from cur_modifier.linalg import (
     GramAccumulator,
     Score,
     Selection,
+    anchored_target,
+    damped,
     dense_parameters,
     energy_rank,
+    shrunk,
     stored_parameters,
 )
 from cur_modifier.modifiers import upstream
-from cur_modifier.modifiers.config import Fit, LayersConfig, RankConfig
+from cur_modifier.modifiers.config import (
+    Fit,
+    LayersConfig,
+    RankConfig,
+    RefineConfig,
+    SensitivityConfig,
+)
+from cur_modifier.modifiers.distill import collect_samples
 from cur_modifier.modifiers.factorize import (
     Recipe,
     factorize,
@@ -51,11 +63,20 @@ from cur_modifier.modifiers.plan import (
     check_weights,
     find_candidates,
     follower_bits,
+    with_budget,
     with_ranks,
 )
+from cur_modifier.modifiers.refine import refine_layer
 from cur_modifier.modifiers.report import ModuleRecord
+from cur_modifier.modifiers.sensitivity import Sensitivity, load_or_measure
+from cur_modifier.modifiers.streams import LayerStreams, frozen
 
 __all__ = ["CURModifier"]
+
+# Tokens an input feature below which a Gram matrix is called badly known.
+ENOUGH_TOKENS = 16
+# Shrinkage of a Gram matrix towards its diagonal at one token a feature; it falls with the tokens.
+SHRINKAGE = 0.5
 
 
 class CURModifier(Modifier):
@@ -74,7 +95,10 @@ class CURModifier(Modifier):
         CURModifier:
           targets: ["re:.*(q|k|v|o|gate|up|down)_proj$"]
           form: id
-          rank: {ratio: 0.8}
+          fit: loss
+          anchor: 0.25
+          rank: {ratio: 0.8, budget: sensitivity}
+          refine: {epochs: 8}
           multiple_of: 64
           layers: {select: all}
       quantization_modifiers:
@@ -85,11 +109,13 @@ class CURModifier(Modifier):
 
     - on_initialize
         - check the whole stage against model, data and later stages
-        - survey the dense model, where layers or ranks are chosen by data
+        - survey the dense model, where layers or ranks are chosen by data, and measure what the
+          loss thinks of each module, where the fit or the budget asks for it
         - swap factored modules in; they answer with their dense weight until fitted, so that later
           stages attach to the factors at once
     - on_calibration_start
-        - register Gram hooks
+        - register Gram hooks; or, with ``anchor`` or ``refine``, run the layers one after another
+          with the dense model beside the compressed one, fitting and refining each
     - on_sequential_epoch_end
         - fit the factors of the finished layer; the next layers see its compressed output
     - on_calibration_end
@@ -106,6 +132,13 @@ class CURModifier(Modifier):
         selection is the compact form of the optimal approximation
     :param fit: norm in which the free factors are fitted. Where a later stage quantizes a row ID,
         its interpolation also expects the noise that the bits bring
+    :param anchor: the dense model's share in the targets. Behind layers that are already factored
+        a module reads ``x̃`` where the dense model has ``x``: its factors are fitted to
+        ``W (anchor · x + (1 − anchor) · x̃)``, and modules of one layer see the factors of those
+        before them. None fits each to its own inputs
+    :param refine: train the factors of each layer after the fit, see ``RefineConfig``
+    :param sensitivity: how fit ``loss`` and budget ``sensitivity`` are measured, see
+        ``SensitivityConfig``
     :param rank: how the rank is chosen, see ``RankConfig``
     :param layers: which decoder layers, see ``LayersConfig``
     :param multiple_of: every rank is a multiple of this. The rank is the number of inputs of the
@@ -122,6 +155,9 @@ class CURModifier(Modifier):
     scores: Score | None = None
     selection: Selection | None = None
     fit: Fit = Fit.GRAM
+    anchor: float | None = Field(default=None, ge=0, le=1)
+    refine: RefineConfig | None = None
+    sensitivity: SensitivityConfig = Field(default_factory=SensitivityConfig)
     rank: RankConfig = Field(default_factory=lambda: RankConfig(max=256))
     layers: LayersConfig = Field(default_factory=LayersConfig)
     multiple_of: int = Field(default=1, ge=1)
@@ -132,6 +168,7 @@ class CURModifier(Modifier):
     _grams: dict[nn.Module, GramAccumulator] = PrivateAttr(default_factory=dict)
     _latest: tuple[torch.Tensor, GramAccumulator] | None = PrivateAttr(default=None)
     _journal: Journal | None = PrivateAttr(default=None)
+    _sensitivity: Sensitivity | None = PrivateAttr(default=None)
     _complete: bool = PrivateAttr(default=False)
 
     @field_serializer("form", "scores", "selection", "fit")
@@ -146,8 +183,20 @@ class CURModifier(Modifier):
                 f"scores '{self.scores}' guide a selection, and form 'id' without one takes the "
                 "optimal approximation. Give `selection` as well (e.g. qdeim), or drop `scores`."
             )
-        self.requires_calibration_data = self.recipe.needs_activations
+        # Upstream runs its sequential pipeline for a stage that requires data. A stage that runs
+        # the layers itself takes the data and leaves the pipeline out.
+        self.requires_calibration_data = self.recipe.needs_activations and not self.by_layers
         return self
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether the stage runs the layers itself, dense beside compressed."""
+        return self.anchor is not None or self.refine is not None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the loss's curvature is measured."""
+        return self.fit is Fit.LOSS or self.rank.budget == "sensitivity"
 
     @property
     def recipe(self) -> Recipe:
@@ -172,6 +221,8 @@ class CURModifier(Modifier):
             self.ignore,
         )
         planned = with_ranks(candidates, self.form, self.rank, self.multiple_of)
+        if self.rank.budget == "sensitivity":
+            with_budget(planned, self.form, self.rank, self.multiple_of, spectra=None)
         self._check_data(state.data.calib)
         check_weights(planned)
         check_followers(model, self, planned, self.form, self.multiple_of)
@@ -198,6 +249,9 @@ class CURModifier(Modifier):
                     "on factors that are not fitted yet. Call oneshot with its default "
                     "`pipeline='independent'`."
                 )
+            if self.by_layers:
+                self._run_layers(state.model, state.data.calib)
+                return
             for container in self._pending:
                 assert isinstance(container, FactoredLinear)
                 if torch.accelerator.is_available() and container.dense is not None:
@@ -214,9 +268,7 @@ class CURModifier(Modifier):
             finished = [module for module in modules if module in self._pending]
             for container in finished:
                 assert isinstance(container, FactoredLinear)
-                self._fit(container, self._pending[container])
-                del self._pending[container]
-                self._grams.pop(container, None)
+                self._fit_alone(container, self._pending[container])
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Remove the hooks.
@@ -255,6 +307,10 @@ class CURModifier(Modifier):
             reasons.append("layers selected by angular distance")
         if self.rank.energy is not None and self.fit.needs_activations:
             reasons.append("a rank by energy")
+        if self.by_layers:
+            reasons.append("anchor and refine")
+        if self.rank.budget == "sensitivity":
+            reasons.append("a budget by sensitivity")
         if reasons and batches is None:
             raise ValueError(
                 f"no calibration data, but {', '.join(reasons)} need it. Pass `dataset=` to "
@@ -284,6 +340,19 @@ class CURModifier(Modifier):
                 for c in planned
             }
             planned = with_ranks(planned, self.form, self.rank, self.multiple_of, energies)
+        if self.needs_gradients:
+            self._sensitivity = load_or_measure(
+                model,
+                {c.name: c.linear for c in planned},
+                [sample.inputs for sample in collect_samples(batches)],
+                samples=self.sensitivity.samples,
+                seed=self.seed,
+                cache=Path(self.sensitivity.cache) if self.sensitivity.cache else None,
+            )
+            if self.rank.budget == "sensitivity":
+                planned = with_budget(
+                    planned, self.form, self.rank, self.multiple_of, self._sensitivity.spectra
+                )
         logger.info(f"CURModifier factors {len(planned)} modules in layers {chosen}")
         self._open_journal.layers_chosen(distances, chosen)
         return planned
@@ -300,9 +369,13 @@ class CURModifier(Modifier):
         )
         self._open_journal.records[candidate.name] = record
         if candidate.rank is None:
+            why = (
+                f"the rank that holds energy {self.rank.energy} would store no less than"
+                if self.rank.energy is not None
+                else "the budget gives it all of"
+            )
             logger.warning(
-                f"{candidate.name} stays dense: the rank that holds energy {self.rank.energy} "
-                f"would store no less than its {record.parameters_before} parameters"
+                f"{candidate.name} stays dense: {why} its {record.parameters_before} parameters"
             )
             return
         record.rank = candidate.rank
@@ -331,32 +404,112 @@ class CURModifier(Modifier):
         own.update(x)
         self._latest = (x, own)
 
-    def _fit(self, container: FactoredLinear, candidate: Candidate) -> None:
+    def _fit_alone(self, container: FactoredLinear, candidate: Candidate) -> None:
+        """Fit one module to the inputs that the hooks saw."""
+        second_moment = None
+        if self.recipe.needs_activations:
+            accumulator = self._grams.get(container)
+            if accumulator is None:
+                raise ValueError(
+                    f"{candidate.name}: no token reached this module. Calibrate with inputs that "
+                    "reach it, or put it on `ignore`"
+                )
+            second_moment = self._regularized(
+                [candidate.name], accumulator.second_moment(), accumulator.tokens
+            )
+        self._fit(container, candidate, second_moment)
+        self._grams.pop(container, None)
+
+    def _run_layers(self, model: nn.Module, batches: Any) -> None:
+        """Fit, and refine, one layer after another, with the dense model beside it."""
+        layers = decoder_layers(model)
+        by_layer: dict[int, dict[str, FactoredLinear]] = {}
+        for container, candidate in self._pending.items():
+            assert isinstance(container, FactoredLinear)
+            by_layer.setdefault(candidate.layer, {})[candidate.name] = container
+        last = max(by_layer, default=-1)
+        with upstream.training_forward(model, logits=False) as device, frozen(model):
+            samples = [sample.inputs for sample in collect_samples(batches)]
+            streams = LayerStreams(model, [layer for _, layer in layers], samples, device)
+            for index in tqdm(range(last + 1), desc="Factoring layers", disable=last < 0):
+                containers = by_layer.get(index, {})
+                outputs, inputs, groups = streams.run_dense(containers)
+                for group in groups:
+                    self._fit_group(streams, {n: containers[n] for n in group}, inputs[group[0]])
+                if self.refine is not None and containers:
+                    refined = refine_layer(
+                        streams, outputs, containers, self.refine, seed=self.seed ^ index
+                    )
+                    self._open_journal.refined(layers[index][0], index, refined)
+                streams.advance(outputs)
+
+    def _fit_group(
+        self,
+        streams: LayerStreams,
+        group: Mapping[str, FactoredLinear],
+        dense_inputs: Sequence[torch.Tensor],
+    ) -> None:
+        """Fit the modules that read one tensor to what both models put into it."""
+        first = next(iter(group.values()))
+        gram = drift = None
+        if self.recipe.needs_activations or self.anchor:
+            moments = streams.moments(first, dense_inputs, first.in_features)
+            gram, drift = moments.moments()
+            gram = self._regularized(list(group), gram, moments.tokens)
+        for container in group.values():
+            candidate = self._pending[container]
+            target = None
+            if self.anchor:
+                assert gram is not None and drift is not None
+                dense = candidate.linear.weight.detach()
+                target = anchored_target(dense, gram, drift.to(gram), self.anchor)
+            self._fit(container, candidate, gram, target)
+
+    def _regularized(self, names: Sequence[str], gram: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The Gram matrix, with what its tokens leave open filled in from its diagonal."""
+        features = gram.shape[0]
+        for name in names:
+            self._open_journal.records[name].tokens = tokens
+        if tokens < features:
+            logger.warning(
+                f"{names[0]}: {tokens} tokens calibrate {features} inputs, so their second moment "
+                f"has no full rank and is shrunk towards its diagonal. Give at least {features} "
+                f"tokens, better {ENOUGH_TOKENS * features}."
+            )
+        elif not self.by_layers:
+            return gram
+        return shrunk(gram, SHRINKAGE * features / tokens)
+
+    def _fit(
+        self,
+        container: FactoredLinear,
+        candidate: Candidate,
+        second_moment: torch.Tensor | None,
+        target: torch.Tensor | None = None,
+    ) -> None:
+        """Fit one module's factors to a second moment, load them, and write the record."""
         started = time.perf_counter()
         dense = container.dense
         assert dense is not None and candidate.rank is not None
         record = self._open_journal.records[candidate.name]
         W = dense.weight.detach()
-        seed = self.seed ^ zlib.crc32(candidate.name.encode())
-        second_moment = None
+        if second_moment is not None:
+            W = W.to(second_moment.device)
+        outputs = None
+        if self.fit is Fit.LOSS:
+            assert self._sensitivity is not None
+            metric = self._sensitivity.outputs[candidate.name].to(W.device)
+            outputs = damped(metric, self.sensitivity.damping)
         try:
-            if self.recipe.needs_activations:
-                accumulator = self._grams.get(container)
-                if accumulator is None:
-                    raise ValueError(
-                        "no token reached this module. Calibrate with inputs that reach it, or put "
-                        "it on `ignore`"
-                    )
-                second_moment = accumulator.second_moment()
-                W = W.to(second_moment.device)
-                record.tokens = accumulator.tokens
             factors = factorize(
                 self.recipe,
                 W,
                 second_moment,
                 candidate.rank,
-                seed=seed,
+                seed=self.seed ^ zlib.crc32(candidate.name.encode()),
                 noise=record.expected_noise,
+                outputs=outputs,
+                target=target,
             )
         except ValueError as error:
             raise ValueError(f"{candidate.name}: {error}") from error
@@ -371,6 +524,12 @@ class CURModifier(Modifier):
         record.seconds = time.perf_counter() - started
         mean_square = None if second_moment is None else second_moment.diagonal()
         self._open_journal.fitted(record, W, mean_square)
+        del self._pending[container]
+
+    @property
+    def journal(self) -> Journal | None:
+        """The stage's record while its run is open; a healing stage goes on with it."""
+        return self._journal
 
     @property
     def _open_journal(self) -> Journal:

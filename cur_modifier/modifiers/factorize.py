@@ -65,10 +65,15 @@ def factorize(
     *,
     seed: int = 0,
     noise: float = 0.0,
+    outputs: torch.Tensor | None = None,
+    target: torch.Tensor | None = None,
 ) -> CUR | RowID:
     """Factors of ``W (m, n)`` at ``rank``, given ``E[x xᵀ] (n, n)`` where the recipe needs it.
 
     Args:
+        outputs: metric ``(m, m)`` or ``(m,)`` of the outputs, for fit ``loss``.
+        target: ``(m, n)``, what the factors approximate in place of ``W``; real rows and columns
+            are those of ``W`` all the same.
         noise: relative error power that a later stage will bring to the skeleton of a row ID. CUR
             takes no heed of it: on SmolLM2 a core fitted to the noise gained nothing.
 
@@ -78,20 +83,21 @@ def factorize(
     W = W.detach().to(torch.promote_types(W.dtype, torch.float32))
     gram = fitted_gram(recipe.fit, second_moment)
     if recipe.selection is None:
-        return interpolative(W, rank, gram, noise=noise)
+        wanted = W if target is None else target.to(W)
+        return interpolative(wanted, rank, gram, noise=noise, outputs=outputs)
     assert recipe.scores is not None
     scored = score(recipe.scores, W, second_moment)
     rows, columns = select_rows_and_columns(recipe.selection, scored, rank, seed=seed)
     if recipe.form is Form.ID:
-        return interpolative(W, rank, gram, rows=rows, noise=noise)
-    return cur(W, rows, columns, gram)
+        return interpolative(W, rank, gram, rows=rows, noise=noise, target=target)
+    return cur(W, rows, columns, gram, outputs=outputs, target=target)
 
 
 def fitted_gram(fit: Fit, second_moment: torch.Tensor | None) -> torch.Tensor | None:
     """The ``gram`` argument of the decompositions for a norm of fit."""
     if fit is Fit.WEIGHT or second_moment is None:
         return None
-    return second_moment if fit is Fit.GRAM else second_moment.diagonal()
+    return second_moment.diagonal() if fit is Fit.DIAG else second_moment
 
 
 def relative_error(W: torch.Tensor, dense: torch.Tensor, gram: torch.Tensor | None) -> float:

@@ -14,6 +14,7 @@ from torch import nn
 
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.factorize import weighted_spectrum
+from cur_modifier.modifiers.refine import Refinement
 from cur_modifier.modifiers.report import (
     ModuleRecord,
     format_table,
@@ -22,7 +23,7 @@ from cur_modifier.modifiers.report import (
     summarize,
 )
 from cur_modifier.tracking import Tracker, start_tracking
-from cur_modifier.tracking.figures import layer_distances, rank_map, spectra
+from cur_modifier.tracking.figures import layer_distances, rank_map, refinement_curves, spectra
 
 __all__ = ["Journal"]
 
@@ -43,6 +44,7 @@ class Journal:
         self._parameters_before = parameter_count(model)
         self._bytes_before = parameter_bytes(model)
         self._spectra: dict[str, tuple[list[float], int]] = {}
+        self._refined: list[Refinement] = []
         self._losses = upstream.FollowerLosses()
         self._tracker: Tracker = start_tracking(
             enabled=enabled, run_name=f"cur-{type(model).__name__}"
@@ -51,6 +53,11 @@ class Journal:
         self.recipe_text = yaml.safe_dump(recipe, sort_keys=False)
         self._tracker.log_params(recipe)
         self._tracker.log_text(self.recipe_text, "recipe.yaml")
+
+    @property
+    def tracker(self) -> Tracker:
+        """What records the stage, for later stages that go on with its run."""
+        return self._tracker
 
     def layers_chosen(self, distances: Sequence[float] | None, chosen: list[int]) -> None:
         """Log how far each layer turns the hidden state, where that decided."""
@@ -80,6 +87,22 @@ class Journal:
             values = weighted_spectrum(W, mean_square).tolist()
             self._spectra[record.name] = (values, record.rank)
 
+    def refined(self, layer: str, index: int, refinement: Refinement) -> None:
+        """Log what training a decoder layer did."""
+        what = "kept" if refinement.kept else "not kept: no gain on held-out windows"
+        logger.info(
+            f"{layer}: refined, held-out loss {refinement.before:.3g} → {refinement.after:.3g} "
+            f"({what})"
+        )
+        self._refined.append(refinement)
+        self._tracker.log_metrics(
+            {
+                "refine_loss_before": refinement.before,
+                "refine_loss_after": refinement.after,
+            },
+            step=index,
+        )
+
     def fail(self, error: BaseException | str) -> None:
         """Close the run as failed."""
         self._losses.close()
@@ -106,6 +129,9 @@ class Journal:
             self._figure(lambda: rank_map(ranks), "rank_map.png")
         if self._spectra:
             self._figure(lambda: spectra(self._spectra), "spectra.png")
+        if self._refined:
+            curves = [refinement.train for refinement in self._refined]
+            self._figure(lambda: refinement_curves(curves), "refinement.png")
         tracker.finish()
         if tracker.run_id is not None:
             logger.info(f"MLflow run {tracker.run_id}: see it with `mlflow ui`")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from loguru import logger
 from torch import nn
 
 from cur_modifier.factored import FACTORED_CLASSES, FactoredLinear
-from cur_modifier.linalg import Form
+from cur_modifier.linalg import Form, RankCurve, allocate_ranks, truncation_tail
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.config import RankConfig
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_weights",
     "find_candidates",
     "follower_bits",
+    "with_budget",
     "with_ranks",
 ]
 
@@ -124,6 +125,36 @@ def with_ranks(
             raise ValueError(f"{candidate.name}: {error}") from None
         planned.append(replace(candidate, rank=chosen))
     return planned
+
+
+def with_budget(
+    candidates: Sequence[Candidate],
+    form: Form,
+    rank: RankConfig,
+    multiple_of: int,
+    spectra: Mapping[str, torch.Tensor] | None,
+) -> list[Candidate]:
+    """The candidates with ranks that spend ``rank.ratio`` over all of them where the loss grows
+    least.
+
+    Args:
+        spectra: squared singular values of every weight in the metric of the loss. None takes all
+            as equal: enough to see whether the budget can hold.
+
+    Raises:
+        ValueError: the ratio is too small for the least ranks.
+    """
+    assert rank.ratio is not None
+
+    def spectrum(candidate: Candidate) -> torch.Tensor:
+        return torch.ones(min(candidate.shape)) if spectra is None else spectra[candidate.name]
+
+    curves = [
+        RankCurve(form, *c.shape, loss=truncation_tail(spectrum(c)), bias=c.bias)
+        for c in candidates
+    ]
+    ranks = allocate_ranks(curves, rank.ratio, multiple_of=multiple_of, least=rank.least)
+    return [replace(c, rank=chosen) for c, chosen in zip(candidates, ranks, strict=True)]
 
 
 def check_weights(candidates: Sequence[Candidate]) -> None:

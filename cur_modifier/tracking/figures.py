@@ -167,6 +167,63 @@ def layer_distances(distances: Sequence[float], chosen: Sequence[int]) -> Figure
     return figure
 
 
+def loss_curve(
+    train: Sequence[tuple[int, float]],
+    validation: Sequence[tuple[int, float]],
+    rate: Sequence[tuple[int, float]],
+    kept: int,
+) -> Figure:
+    """Training and validation loss by step, the step whose result is kept, and the learning rate.
+
+    Args:
+        train, validation, rate: ``(step, value)`` in order of steps; NaN and infinity leave a gap.
+        kept: the step of the best validation loss; 0 where training gained nothing.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    step = math.ceil(len(train) / _MAX_POINTS) if train else 1
+    losses.plot(*_columns(train[::step]), color="#707070", linewidth=0.9, label="training")
+    losses.plot(*_columns(validation), "o-", color=_BLUE, markersize=4, label="validation")
+    losses.axvline(kept, color="black", linestyle=":", linewidth=1, label=f"kept: step {kept}")
+    losses.set(ylabel="loss", title="Loss by step")
+    if any(value > 0 for _, value in [*train, *validation] if math.isfinite(value)):
+        losses.set_yscale("log")
+    losses.legend(frameon=False, fontsize=8)
+    rates.plot(*_columns(rate[::step]), color="#707070", linewidth=0.9)
+    rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rates.xaxis.set_major_locator(_whole_numbers())
+    for axes in (losses, rates):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def refinement_curves(losses: Sequence[Sequence[float]]) -> Figure:
+    """Training loss by step of every refined layer, shallow to deep from dark to light."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    shades = matplotlib.colormaps["viridis"].resampled(max(len(losses), 2))
+    for index, curve in enumerate(losses):
+        axes.plot(range(1, len(curve) + 1), curve, color=shades(index), linewidth=0.8)
+    if any(value > 0 for curve in losses for value in curve):
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel="relative squared error", title="Refinement, layer by layer")
+    mappable = matplotlib.cm.ScalarMappable(cmap=shades)
+    mappable.set_clim(0, max(len(losses) - 1, 1))
+    figure.colorbar(mappable, ax=axes, label="refined layer, in order of depth")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    values = [value if math.isfinite(value) else math.nan for _, value in points]
+    return [step for step, _ in points], values
+
+
 def _place(name: str) -> tuple[int | None, str]:
     parts = name.split(".")
     return next((int(part) for part in parts if part.isdigit()), None), parts[-1]

@@ -89,6 +89,19 @@ def test_layer_distances_mark_the_chosen_layers():
     render(figures.layer_distances([], []))
 
 
+def test_loss_curve_marks_the_step_that_is_kept():
+    train = [(s, 1 / s) for s in range(1, 1001)]
+    rate = [(s, 1e-3 / s) for s in range(1, 1001)]
+    figure = figures.loss_curve(train, [(0, 1.0), (20, 0.5), (40, math.nan)], rate, 20)
+    losses, rates = figure.axes
+    labels = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert labels == ["training", "validation", "kept: step 20"]
+    assert len(losses.lines[0].get_xdata()) == 500
+    assert rates.get_ylabel() == "learning rate"
+    render(figure)
+    render(figures.loss_curve([], [(0, 0.0)], [], 0))
+
+
 def test_drawing_does_not_touch_pyplot(run_python):
     code = """
 from cur_modifier.tracking import figures

@@ -1,0 +1,103 @@
+"""Every baseline against the formula in its paper, written out as the paper has it, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quality.baselines import Factored, Inputs, asvd, curing, pair_rank, svd, svd_llm, svd_llm_id
+
+from cur_modifier.linalg import Form, gram_norm, stored_parameters
+
+SHAPES = [(24, 24), (12, 40), (40, 12)]
+RATIO = 0.6
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def problem(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight ``(m, n)`` and correlated inputs ``(n, tokens)`` of unequal scales."""
+    m, n = request.param
+    generator = torch.Generator().manual_seed(0)
+    draw = {"generator": generator, "dtype": torch.float64}
+    scales = torch.randn(n, 1, **draw).exp()
+    mixing = torch.eye(n, dtype=torch.float64) + 0.3 * torch.randn(n, n, **draw)
+    return torch.randn(m, n, **draw), scales * (mixing @ torch.randn(n, 8 * n, **draw))
+
+
+def inputs_of(X: torch.Tensor) -> Inputs:
+    return Inputs(X @ X.mT / X.shape[1], X.abs().mean(dim=1))
+
+
+def truncated(A: torch.Tensor, rank: int) -> torch.Tensor:
+    U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U[:, :rank] @ torch.diag(s[:rank]) @ Vh[:rank]
+
+
+def check(factored: Factored, expected: torch.Tensor, stored: int) -> None:
+    torch.testing.assert_close(factored.product, expected, rtol=1e-6, atol=1e-6)
+    assert factored.stored == stored <= RATIO * expected.numel()
+
+
+def test_svd(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    W, _ = problem
+    m, n = W.shape
+    rank = int(RATIO * m * n / (m + n))
+    check(svd(W, None, RATIO), truncated(W, rank), rank * (m + n))
+
+
+def test_asvd(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    W, X = problem
+    m, n = W.shape
+    rank = int(RATIO * m * n / (m + n))
+    S = torch.diag(X.abs().mean(dim=1) ** 0.5)
+    expected = truncated(W @ S, rank) @ torch.linalg.inv(S)
+    check(asvd(W, inputs_of(X), RATIO), expected, rank * (m + n))
+
+
+def test_svd_llm(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    W, X = problem
+    m, n = W.shape
+    rank = int(RATIO * m * n / (m + n))
+    S = torch.linalg.cholesky(X @ X.mT)
+    expected = truncated(W @ S, rank) @ torch.linalg.inv(S)
+    check(svd_llm(W, inputs_of(X), RATIO), expected, rank * (m + n))
+
+
+def test_svd_llm_at_the_rank_of_a_row_id(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    W, X = problem
+    m, n = W.shape
+    rank = max(r for r in range(1, min(m, n) + 1) if r * (m + n - r) <= RATIO * m * n)
+    assert rank > pair_rank(m, n, RATIO)
+    S = torch.linalg.cholesky(X @ X.mT)
+    expected = truncated(W @ S, rank) @ torch.linalg.inv(S)
+    stored = stored_parameters(Form.ID, m, n, rank)
+    check(svd_llm_id(W, inputs_of(X), RATIO), expected, stored)
+
+
+def test_curing(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    W, X = problem
+    m, n = W.shape
+    rank = max(r for r in range(1, min(m, n) + 1) if r * (m + n + r) <= RATIO * m * n)
+    importance = W.abs() * torch.linalg.vector_norm(X, dim=1)  # WANDA
+    U, _, Vh = torch.linalg.svd(importance, full_matrices=False)
+    rows, columns = textbook_deim(U[:, :rank]), textbook_deim(Vh[:rank].mT)
+    C, R = W[:, columns], W[rows]
+    expected = C @ torch.linalg.pinv(C) @ W @ torch.linalg.pinv(R) @ R
+    check(curing(W, inputs_of(X), RATIO), expected, rank * (m + n + rank))
+
+
+def textbook_deim(V: torch.Tensor) -> list[int]:
+    """Sorensen and Embree 2016, algorithm 1."""
+    chosen = [int(V[:, 0].abs().argmax())]
+    for j in range(1, V.shape[1]):
+        c = torch.linalg.solve(V[chosen, :j], V[chosen, j])
+        chosen.append(int((V[:, j] - V[:, :j] @ c).abs().argmax()))
+    return chosen
+
+
+def test_each_is_the_best_in_its_own_norm(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    W, X = problem
+    inputs = inputs_of(X)
+    norms = {svd: None, asvd: inputs.mean_abs, svd_llm: inputs.gram}
+    for best, norm in norms.items():
+        errors = {f: gram_norm(W - f(W, inputs, RATIO).product, norm) for f in norms}
+        assert min(errors, key=errors.__getitem__) is best

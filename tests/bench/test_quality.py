@@ -1,0 +1,145 @@
+"""The harness around the methods: rows on disk, tables, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from quality.__main__ import jobs, main, parse
+from quality.methods import METHODS
+from quality.protocol import missing_files
+from quality.results import Row, format_tables, key, put_row, read_rows
+
+
+def row(method: str = "svd", ratio: float | None = 0.8, ppl: float = 20.0, **fields: object) -> Row:
+    return {
+        "method": method,
+        "ratio": ratio,
+        "calibration": "wikitext",
+        "ppl_wikitext": ppl,
+        "ppl_c4": 2 * ppl,
+        "stored_ratio": 0.79,
+        "seconds": 1.0,
+        "peak_rss_bytes": 10**9,
+        **fields,
+    }
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with the names of the texts; nothing here reads them."""
+    for file in missing_files(tmp_path):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    return tmp_path
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_rows_of_the_same_measurement_are_replaced_and_others_stay(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "quality.json"
+    assert read_rows(path) == []
+    first = [row(), row(ratio=0.9), row("curing", None), row(calibration="c4")]
+    for one in first:
+        put_row(path, one)
+    again = row(ppl=19.0)
+    put_row(path, again)
+    assert json.loads(path.read_text()) == [*first[1:], again]
+    assert [p.name for p in path.parent.iterdir()] == ["quality.json"]
+
+
+def test_table_has_a_line_a_method_and_a_column_a_ratio() -> None:
+    rows = [row(ratio=0.9), row(ppl=2e5), row("curing", None, 94.2), row("mine"), row("a", 0.8)]
+    table = format_tables([*rows, row(calibration="c4", ppl=7)], ["curing", "svd"])
+    blocks = [block.splitlines() for block in table.split("\n\n")]
+    assert [block[0].split(";")[0] for block in blocks] == [
+        f"Perplexity on {text}, calibrated on {calibration}"
+        for calibration in ("wikitext", "c4")
+        for text in ("wikitext", "c4")
+    ]
+    assert [line.split() for line in blocks[0][1:]] == [
+        ["0.9", "0.8", "its", "own"],
+        ["curing", "94.20", "at", "0.790"],
+        ["svd", "20.00", "2.0e+05"],
+        ["a", "20.00"],
+        ["mine", "20.00"],
+    ]
+    assert [line.split() for line in blocks[2][1:]] == [["0.8"], ["svd", "7.00"]]
+    assert format_tables([], ["svd"]) == ""
+
+
+def test_rows_of_held_out_text_have_tables_too() -> None:
+    held_out = {k: v for k, v in row().items() if not k.startswith("ppl_")} | {"ppl_held_out": 3.0}
+    assert format_tables([held_out], ["svd"]).startswith("Perplexity on held_out")
+
+
+def test_what_exists_is_not_measured_again(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "quality.json"
+    put_row(output, row())
+    arguments = ["--methods=svd", "--ratios=0.80", "--calibrations=wikitext"]
+    assert main([*arguments, f"--data={data}", f"--output={output}"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 rows to measure, 1 in" in printed and "20.00" in printed
+
+
+def test_jobs_are_one_a_method_with_its_own_ratio(data: Path) -> None:
+    options = parse(["--methods", "svd curing", "--ratios", "0.9, 0.6,0.9", f"--data={data}"])
+    assert [(j.method, j.ratio, j.calibration) for j in jobs(options)] == [
+        (method, ratio, calibration)
+        for calibration in ("wikitext", "c4")
+        for method, ratio in (("svd", 0.9), ("svd", 0.6), ("curing", None))
+    ]
+    rows = [row(j.method, j.ratio, calibration=j.calibration) for j in jobs(options)]
+    assert len({key(r) for r in rows}) == len(rows)
+
+
+def test_all_is_the_default_and_held_out_rows_have_a_file_of_their_own(data: Path) -> None:
+    options = parse([f"--data={data}"])
+    assert options.methods == list(METHODS) and options.ratios == [0.9, 0.8, 0.7, 0.6, 0.5]
+    assert parse(["--held-out", f"--data={data}"]).output != options.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods=svd,svd-lm"], ["svd-lm", "choose from", "svd-llm"]),
+        (["--methods=,"], ["','", "choose from"]),
+        (["--calibrations=pile"], ["pile", "wikitext, c4"]),
+        (["--ratios=0.9,1"], ["ratio 1 ", "(0, 1)", "stored after"]),
+        (["--ratios=nan"], ["ratio nan "]),
+        (["--ratios=0.9;0.8"], ["'0.9;0.8'", "0.9,0.8"]),
+        (["--ratios="], ["'' is not a number"]),
+        (["--model=somewhere"], ["somewhere", "--output"]),
+        (["--model=somewhere", "--output=x.json"], ["somewhere", "config.json"]),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: list[str], words: list[str], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal([*arguments, f"--data={data}"], capsys)
+    assert all(word in message for word in words), message
+
+
+def test_absent_data_is_refused_by_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "wikitext2-raw" / "wiki.valid.raw").unlink()
+    message = refusal([f"--data={data}"], capsys)
+    assert f"{data} lacks wikitext2-raw/wiki.valid.raw:" in message and "DATA=" in message
+
+
+@pytest.mark.parametrize("content", ["[{", "{}x", '[{"method": "svd"}]', "[1]", "1"])
+def test_a_file_of_something_else_is_refused(
+    content: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = data / "quality.json"
+    output.write_text(content)
+    message = refusal([f"--data={data}", f"--output={output}"], capsys)
+    assert str(output) in message and "--output" in message
+    assert output.read_text() == content
