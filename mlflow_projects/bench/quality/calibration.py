@@ -1,0 +1,78 @@
+"""One pass of the dense model, for the methods that factor every weight by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from cur_modifier.linalg import GramAccumulator
+from quality.baselines import Inputs
+
+__all__ = ["input_statistics", "projections"]
+
+# The projections of a decoder layer, by the tensor that they read.
+READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def projections(model: nn.Module) -> dict[str, nn.Linear]:
+    """The seven projections of all layers by name: what protocol P counts.
+
+    Raises:
+        ValueError: a model of another architecture.
+    """
+    wanted = {name for group in READERS for name in group}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in wanted and isinstance(module, nn.Linear)
+    }
+    if {name.rpartition(".")[2] for name in found} != wanted:
+        raise ValueError(
+            f"{type(model).__name__} lacks some of the Linears {sorted(wanted)}; protocol P is "
+            "defined for models that have them, such as Llama, Qwen2 and Mistral."
+        )
+    return found
+
+
+class _Statistics:
+    """Running sums of what several projections read."""
+
+    def __init__(self, features: int) -> None:
+        self.gram = GramAccumulator(features)
+        self.sum_abs = torch.zeros(features, dtype=torch.float64)
+
+    def observe(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.gram.update(args[0])
+        self.sum_abs += args[0].abs().flatten(0, -2).sum(dim=0)
+
+    def inputs(self) -> Inputs:
+        return Inputs(self.gram.second_moment(), (self.sum_abs / max(self.gram.tokens, 1)).float())
+
+
+@torch.no_grad()
+def input_statistics(model: Any, windows: torch.Tensor) -> dict[str, Inputs]:
+    """What every projection reads while the dense model sees ``windows (count, length)``.
+
+    Projections of one input share their statistics. Memory: ``n²`` float32 for every input of
+    ``n`` features, 400 MB for SmolLM2-135M.
+    """
+    model.eval()
+    by_name: dict[str, _Statistics] = {}
+    with ExitStack() as stack:
+        for name, linear in projections(model).items():
+            layer, _, leaf = name.rpartition(".")
+            for group in READERS:
+                if leaf == group[0]:
+                    seen = _Statistics(linear.in_features)
+                    hook: Callable[..., None] = seen.observe
+                    stack.callback(linear.register_forward_pre_hook(hook).remove)
+                    by_name.update({f"{layer}.{reader}": seen for reader in group})
+        for window in tqdm(windows, desc="Calibrating", leave=False):
+            model.base_model(input_ids=window[None], use_cache=False)  # no logits are needed
+    done = {seen: seen.inputs() for seen in set(by_name.values())}
+    return {name: done[seen] for name, seen in by_name.items()}

@@ -1,0 +1,109 @@
+"""One row, measured in a process of its own: its peak memory is the method's, its crash too."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from quality.methods import METHODS
+from quality.protocol import calibration_windows, evaluation_windows, model_directory
+from quality.results import Row
+
+__all__ = ["Job", "measure", "measure_apart", "peak_rss_bytes"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure. ``ratio`` None where the method has its own, ``model`` None for SmolLM2."""
+
+    method: str
+    ratio: float | None
+    calibration: str
+    data: Path
+    model: str | None = None
+    held_out: bool = False
+
+    def __str__(self) -> str:
+        wish = "" if self.ratio is None else f" at {self.ratio:g}"
+        return f"{self.method}{wish}, calibrated on {self.calibration}"
+
+
+def measure_apart(job: Job) -> Row:
+    """:func:`measure` in a fresh process, which an interrupted call takes with it.
+
+    Raises:
+        RuntimeError: the process ended without a row. What it raised is on the standard error.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(job, sender))
+    process.start()
+    sender.close()  # the process holds the only other one, so its end ends the wait
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        reason = (
+            "killed, perhaps for memory" if process.exitcode == -signal.SIGKILL else "see above"
+        )
+        raise RuntimeError(f"its process ended with status {process.exitcode} ({reason})") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(job: Job, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the other one ends this
+    sender.send(measure(job))
+
+
+def measure(job: Job) -> Row:
+    """Compress and evaluate.
+
+    ``seconds`` and ``peak_rss_bytes`` are taken after compression and before evaluation; the peak
+    includes the dense model in float32. Evaluation is in float32, of held-out text in bfloat16.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cur_modifier.evaluate import perplexity  # with it comes all that would spoil the timing
+
+    source = model_directory(job.model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    texts = evaluation_windows(job.data, tokenizer, held_out=job.held_out)
+    windows = calibration_windows(job.calibration, job.data, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    torch.manual_seed(0)
+
+    started = time.perf_counter()
+    stored_ratio = METHODS[job.method].compress(model, windows, job.ratio)
+    seconds = time.perf_counter() - started
+    peak = peak_rss_bytes()
+    return {
+        "method": job.method,
+        "ratio": job.ratio,
+        "calibration": job.calibration,
+        **{
+            f"ppl_{name}": perplexity(model, text, bfloat16=job.held_out).perplexity
+            for name, text in texts.items()
+        },
+        "stored_ratio": stored_ratio,
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # exact; rusage starts from the size of the process that spawned this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

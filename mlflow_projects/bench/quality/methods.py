@@ -1,0 +1,149 @@
+"""The methods by name. Two kinds: one function for one weight, or a recipe for ``oneshot``.
+
+To add one, add a line to ``METHODS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["METHODS", "Method", "by_matrix", "by_recipe"]
+
+Compress = Callable[[Any, "torch.Tensor", "float | None"], float]
+"""Compresses a model in place, given calibration windows ``(count, length)`` and the ratio wanted,
+and returns the ratio reached: parameters stored after ÷ before, over the projections."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compress. One with its ``own_ratio`` is measured once and is given None for it."""
+
+    compress: Compress
+    own_ratio: bool = False
+
+
+def by_matrix(function: str, *, calibrated: bool = True) -> Method:
+    """Every weight by itself, with what it reads in the dense model.
+
+    Args:
+        function: its name in ``baselines.py``, which is imported when a model is compressed: the
+            command lists the methods without torch.
+        calibrated: whether it looks at the inputs.
+    """
+
+    def compress(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
+        import torch
+        from tqdm import tqdm
+
+        from quality import baselines
+        from quality.calibration import input_statistics, projections
+
+        statistics = input_statistics(model, windows) if calibrated else {}
+        before = after = 0
+        for name, linear in tqdm(projections(model).items(), desc="Factoring", leave=False):
+            weight = linear.weight
+            factored = getattr(baselines, function)(weight.detach(), statistics.get(name), ratio)
+            with torch.no_grad():
+                weight.copy_(factored.product)
+            bias = 0 if linear.bias is None else linear.bias.numel()
+            before += weight.numel() + bias
+            after += factored.stored + bias
+        return after / before
+
+    return Method(compress)
+
+
+def by_recipe(
+    cur: dict[str, Any],
+    then: dict[str, Any] | None = None,
+    *,
+    rank: dict[str, Any] | None = None,
+) -> Method:
+    """The whole model through ``llmcompressor.oneshot``, evaluated as it comes out of it.
+
+    Args:
+        cur: fields of ``CURModifier``. A ``rank`` among them is kept, and the method has its own
+            ratio; without, it is ``{ratio: …}``.
+        then: modifiers that follow in the same recipe, by class name.
+        rank: what to add to ``{ratio: …}``.
+    """
+
+    def compress(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
+        import torch
+        import yaml
+        from datasets import Dataset
+        from llmcompressor import oneshot
+
+        from cur_modifier.modifiers.report import parameter_count
+        from quality.calibration import projections
+
+        wish = {"ratio": ratio} | (rank or {})
+        stage = {"cur_modifiers": {"CURModifier": {"rank": wish, "mlflow": False} | cur}}
+        if then:
+            stage["then_modifiers"] = then
+        tokens = {
+            "input_ids": windows.tolist(),
+            "attention_mask": torch.ones_like(windows).tolist(),
+        }
+        before = sum(p.numel() for m in projections(model).values() for p in m.parameters())
+        whole = parameter_count(model)
+        oneshot(
+            model=model,
+            dataset=Dataset.from_dict(tokens),
+            recipe=yaml.safe_dump({"compress_stage": stage}),
+        )
+        # By difference, so that factors count wherever in the model a stage puts them.
+        return 1 - (whole - parameter_count(model)) / before
+
+    return Method(compress, own_ratio="rank" in cur)
+
+
+def by_function(module: str, function: str) -> Method:
+    """The whole model by a function of this package, imported when a model is compressed."""
+
+    def compress(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
+        from importlib import import_module
+
+        return getattr(import_module(f"quality.{module}"), function)(model, windows, ratio)
+
+    return Method(compress)
+
+
+EVERYTHING = {
+    "targets": ["re:.*(q|k|v|o|gate|up|down)_proj$"],
+    "layers": {"select": "all"},
+}
+# Park and Moon 2025: the ten layers that turn the hidden state least, U = C⁺ W R⁺.
+CURING = {
+    "targets": ["re:.*(q|k|gate)_proj$"],
+    "layers": {"select": "angular", "count": 10},
+    "form": "cur",
+    "scores": "wanda",
+    "selection": "deim",
+    "fit": "weight",
+    "rank": {"fixed": 144},
+}
+
+# Ours: recipes/id.yaml and recipes/id_refined.yaml, at any ratio.
+ID = EVERYTHING | {"form": "id", "fit": "loss", "anchor": 0.25}
+BUDGET = {"budget": "sensitivity"}
+
+METHODS: dict[str, Method] = {
+    "dense": Method(lambda model, windows, ratio: 1.0, own_ratio=True),
+    "svd": by_matrix("svd", calibrated=False),
+    "asvd": by_matrix("asvd"),
+    "svd-llm": by_matrix("svd_llm"),
+    "svd-llm-id": by_matrix("svd_llm_id"),
+    "curing": by_recipe(CURING),
+    "curing-full": by_matrix("curing"),
+    "mpifa": by_function("mpifa", "mpifa"),
+    "id-gram": by_recipe(EVERYTHING | {"form": "id", "fit": "gram"}),
+    "id-uniform": by_recipe(ID),
+    "id": by_recipe(ID, rank=BUDGET),
+    "id-refined": by_recipe(ID | {"refine": {}}, rank=BUDGET),
+}

@@ -1,0 +1,103 @@
+"""Finished rows: a JSON list on disk, and the tables that are printed of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Row", "format_tables", "key", "put_row", "read_rows"]
+
+Row = dict[str, Any]
+
+TEXTS = "ppl_"  # every perplexity is in a field of this prefix
+
+
+def key(row: Row) -> tuple[str, float | None, str]:
+    """What a row measures: method, ratio (None where the method has its own) and calibration."""
+    return row["method"], row["ratio"], row["calibration"]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows in a file, none where there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+        for row in rows:
+            key(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a list of measured rows ({error!r}). Move it away, or write elsewhere "
+            "with --output."
+        ) from None
+    return rows
+
+
+def put_row(path: Path, row: Row) -> None:
+    """Add a row in place of an earlier one that measured the same.
+
+    Written under a temporary name and renamed: an interrupted run leaves the file as it was.
+    """
+    rows = [other for other in read_rows(path) if key(other) != key(row)] + [row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(rows, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def format_tables(rows: Sequence[Row], methods: Sequence[str]) -> str:
+    """One table for each calibration and text: methods down, ratios across.
+
+    Args:
+        methods: the order of the lines; others follow.
+    """
+    names = [*methods, *sorted({row["method"] for row in rows} - set(methods))]
+    texts = dict.fromkeys(name for row in rows for name in row if name.startswith(TEXTS))
+    calibrations = dict.fromkeys(row["calibration"] for row in rows)
+    return "\n\n".join(
+        table
+        for calibration in calibrations
+        for text in texts
+        if (table := _table(rows, names, calibration, text))
+    )
+
+
+def _table(rows: Sequence[Row], methods: Sequence[str], calibration: str, text: str) -> str:
+    cells = {
+        (row["method"], row["ratio"]): row
+        for row in rows
+        if row["calibration"] == calibration and text in row
+    }
+    if not cells:
+        return ""
+    ratios = sorted({ratio for _, ratio in cells if ratio is not None}, reverse=True)
+    lines = [
+        f"Perplexity on {text.removeprefix(TEXTS)}, calibrated on {calibration}; "
+        "by parameters stored after ÷ before",
+        f"{'':<14}"
+        + "".join(f"{ratio:>10g}" for ratio in ratios)
+        + (f"{'its own':>20}" if any(ratio is None for _, ratio in cells) else ""),
+    ]
+    for method in methods:
+        found = {ratio: row for (name, ratio), row in cells.items() if name == method}
+        if not found:
+            continue
+        line = f"{method:<14}" + "".join(
+            f"{_number(found[ratio][text]) if ratio in found else '':>10}" for ratio in ratios
+        )
+        if None in found:
+            own = f"{_number(found[None][text])} at {found[None]['stored_ratio']:.3f}"
+            line += f"{own:>20}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def _number(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.1e}"
