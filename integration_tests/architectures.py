@@ -119,6 +119,20 @@ ROW_ID = {
     "layers": {"select": [0, 2]},
 }
 
+# Skeletons shared by q, k and v and by gate and up, above the outputs of k alone; the rest as CUR.
+REST = {
+    "targets": ["re:.*(o|out|down)_proj$|.*fc2$"],
+    "rank": {"fixed": 48},
+    "layers": {"select": "all"},
+}
+SHARED = {
+    "targets": ["re:.*(q|k|v|gate|up)_proj$"],
+    "form": "id",
+    "share_skeleton": True,
+    "rank": {"fixed": 96},
+    "layers": {"select": "all"},
+}
+
 
 def build(name: str, seed: int = 0) -> Any:
     """The model with random weights, large enough that its predictions are not all alike."""

@@ -39,6 +39,12 @@ def _own_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     mlflow.set_tracking_uri(before)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's measurements."""
+    monkeypatch.setenv("CUR_MODIFIER_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def log() -> Iterator[list[str]]:
     """What is logged during the test, as text."""

@@ -23,30 +23,13 @@ BUDGET = {"rank": {"ratio": 0.6, "budget": "sensitivity"}}
 REFINE = {"refine": {"epochs": 2, "batch_size": 2, "learning_rate": 1e-3}}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CUR_MODIFIER_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def factored(model: nn.Module) -> dict[str, FactoredLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
 
 
-def divergence(model: Any, dense: torch.Tensor, ids: torch.Tensor) -> float:
-    """KL divergence in nats a token from the dense model's logits."""
-    with torch.no_grad():
-        given = model(ids).logits.log_softmax(-1)
-    wanted = dense.log_softmax(-1)
-    return float((wanted.exp() * (wanted - given)).sum(-1).mean())
-
-
 @pytest.fixture
-def reference(tiny: Any, tiny_data: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and the dense model's logits."""
-    ids = torch.tensor(tiny_data["input_ids"][:])
-    with torch.no_grad():
-        return ids, tiny(ids).logits
+def ids(tiny_data: Dataset) -> torch.Tensor:
+    return torch.tensor(tiny_data["input_ids"][:])
 
 
 def fresh(path: Path) -> Any:
@@ -55,31 +38,8 @@ def fresh(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path)
 
 
-def test_each_step_brings_the_output_closer(
-    tiny_checkpoint: Path, compress: Compress, reference: tuple[torch.Tensor, torch.Tensor]
-) -> None:
-    ids, dense = reference
-    found = {}
-    many = torch.randint(0, 512, (64, 64), generator=torch.Generator().manual_seed(2)).tolist()
-    data = Dataset.from_dict({"input_ids": many, "attention_mask": [[1] * 64] * 64})
-    for name, more in {
-        "gram": {"rank": {"ratio": 0.3}},
-        "anchored": {"rank": {"ratio": 0.3}, "anchor": 0.5},
-        "refined": {
-            "rank": {"ratio": 0.3},
-            "anchor": 0.5,
-            "refine": {"epochs": 4, "learning_rate": 1e-4},
-        },
-    }.items():
-        model = fresh(tiny_checkpoint)
-        compress(model, SEVEN | more, dataset=data)
-        assert len(factored(model)) == 7 * 13
-        found[name] = divergence(model, dense, ids)
-    assert found["refined"] < found["anchored"] < found["gram"], found
-
-
 def test_the_budget_holds_and_is_read_from_disk_the_second_time(
-    tiny_checkpoint: Path, compress: Compress, cache: Path, log: list[str]
+    tiny_checkpoint: Path, compress: Compress, tmp_path: Path, log: list[str]
 ) -> None:
     ranks = []
     for _ in range(2):
@@ -95,7 +55,7 @@ def test_the_budget_holds_and_is_read_from_disk_the_second_time(
         assert all(m.rank % 8 == 0 for m in factored(model).values())
         ranks.append({n: m.rank for n, m in factored(model).items()})
     assert ranks[0] == ranks[1] and len(set(ranks[0].values())) > 3
-    assert len(list((cache / "sensitivity").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "cache" / "sensitivity").glob("*.safetensors"))) == 1
     assert any("sensitivities read from" in line for line in log)
 
 
@@ -142,9 +102,8 @@ def test_the_same_seed_gives_the_same_factors(tiny_checkpoint: Path, compress: C
 
 
 def test_refine_then_quantize_then_load(
-    tiny: Any, compress: Compress, reference: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+    tiny: Any, compress: Compress, ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    ids, _ = reference
     stage = SEVEN | REFINE | {"rank": {"ratio": 0.7}, "multiple_of": 32, "anchor": 0.3}
     compress(tiny, stage, W4A16)
     with torch.no_grad():

@@ -39,6 +39,22 @@ def _perplexity(smollm2: Path, data: Any, cur: dict[str, Any], then: Any = None)
 CUR = {"rank": {"fixed": 192}, "targets": ["re:.*[qo]_proj$"], "layers": {"select": [5, 10, 15]}}
 
 
+def test_each_part_of_the_fit_pays(smollm2: Path, data: Any) -> None:
+    stage: dict[str, Any] = {
+        "targets": ["re:.*(q|k|v|o|gate|up|down)_proj$"],
+        "form": "id",
+        "layers": {"select": [8, 9, 10, 11]},
+    }
+    ratio = {"ratio": 0.5}
+    gram = _perplexity(smollm2, data, stage | {"rank": ratio})
+    stage |= {"fit": "loss", "anchor": 0.25}
+    uniform = _perplexity(smollm2, data, stage | {"rank": ratio})
+    stage["rank"] = ratio | {"budget": "sensitivity"}
+    budget = _perplexity(smollm2, data, stage)
+    refined = _perplexity(smollm2, data, stage | {"refine": {"epochs": 4, "batch_size": 2}})
+    assert refined < budget < uniform < gram, (refined, budget, uniform, gram)
+
+
 def test_gptq_beats_rounding_on_the_factors(smollm2: Path, data: Any) -> None:
     gptq = _perplexity(smollm2, data, CUR, W4A16)
     rounded = _perplexity(smollm2, data, CUR, ROUND_TO_NEAREST)

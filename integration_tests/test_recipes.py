@@ -22,6 +22,10 @@ def test_there_are_recipes() -> None:
         "cur_then_gptq",
         "cur_then_sparsegpt",
         "cur_then_w8a8",
+        "cur_healed",
+        "id",
+        "id_refined",
+        "id_refined_then_gptq",
         "id_then_gptq",
     }
 
@@ -38,7 +42,8 @@ def test_runs_as_it_is(path: Path, tiny: Any, tiny_data: Any, tmp_path: Path) ->
     assert len(Recipe.create_instance(str(path)).modifiers) >= 1
     oneshot(model=tiny, dataset=tiny_data, recipe=str(path), processor=NO_PROCESSOR)
     factored = [m for m in tiny.modules() if isinstance(m, FactoredLinear)]
-    assert len(factored) in (30, 7 * 13)
+    budget = "budget: sensitivity" in path.read_text()  # under which a module may stay dense
+    assert len(factored) in (30, 7 * 13) or (budget and 7 * 10 < len(factored) < 7 * 13)
     tiny.save_pretrained(tmp_path / "out", save_compressed=True)
     saved = tmp_path / "out" / "recipe_as_given.yaml"
     assert holds(yaml.safe_load(saved.read_text()), yaml.safe_load(path.read_text()))

@@ -7,24 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import ARCHITECTURES, CUR, ROW_ID, build, factor
+from architectures import ARCHITECTURES, CUR, REST, ROW_ID, SHARED, build, factor
 from datasets import Dataset
 from serving import Answers, by_transformers, result, served, side_by_side
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
 STEPS = 32
+SHARING = {f"{name}_shared": name for name in ("llama", "gemma3", "opt")}
 
 
 @pytest.fixture(scope="module")
 def checkpoints(
     tmp_path_factory: pytest.TempPathFactory, random_tokens: Dataset
 ) -> dict[str, Path]:
-    """A checkpoint of each architecture: CUR, row ID and dense side by side in fused modules."""
+    """A checkpoint of each architecture: CUR, row ID and dense side by side in fused modules; and
+    of some with the skeletons of fused modules shared."""
     folder = tmp_path_factory.mktemp("architectures")
-    return {
+    mixed = {
         name: factor(build(name), folder / name, random_tokens, CUR, ROW_ID)
         for name in ARCHITECTURES
+    }
+    return mixed | {
+        case: factor(build(name), folder / case, random_tokens, REST, SHARED)
+        for case, name in SHARING.items()
     }
 
 
@@ -49,7 +55,7 @@ def answers(
     return side_by_side(jobs)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *SHARING])
 def test_served_as_transformers_computes(
     name: str, answers: dict[str, Any], checkpoints: dict[str, Path], random_prompt: list[int]
 ) -> None:

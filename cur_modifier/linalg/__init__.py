@@ -15,7 +15,7 @@ from cur_modifier.linalg.gram import (
     gram_sqrt,
     shrunk,
 )
-from cur_modifier.linalg.joint import split_rows
+from cur_modifier.linalg.joint import apportion, skeleton_shares, split_rows
 from cur_modifier.linalg.rank import (
     Form,
     break_even_rank,
@@ -54,6 +54,7 @@ __all__ = [
     "allocate_ranks",
     "anchored_target",
     "apply_gram",
+    "apportion",
     "break_even_rank",
     "compact",
     "cur",
@@ -81,6 +82,7 @@ __all__ = [
     "select_rows_and_columns",
     "shrunk",
     "singular_values",
+    "skeleton_shares",
     "split_rows",
     "stored_parameters",
     "truncation_tail",

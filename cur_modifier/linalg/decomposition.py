@@ -11,6 +11,7 @@ narrower).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -135,6 +136,7 @@ def interpolative(
     noise: float = 0.0,
     outputs: torch.Tensor | None = None,
     target: torch.Tensor | None = None,
+    blocks: Sequence[tuple[int, int]] | None = None,
 ) -> RowID:
     """Row ID of ``W``.
 
@@ -151,14 +153,18 @@ def interpolative(
     part of ``T``; given ``rows`` have no error, and ``H`` changes nothing. With ``target (m, n)``
     and ``rows``, ``T`` interpolates the target's other rows.
 
+    With ``blocks``, ``(m_k, c_k)`` of every one, the rows of ``W`` are stacked blocks and the
+    skeleton holds ``c_k`` of each (see :func:`compact`); not with ``rows``, which decide that.
+
     Cost: that of :func:`low_rank` and :func:`compact`; with ``rows`` that of :func:`cur` less one
     QR.
 
     Raises:
-        ValueError: as :func:`low_rank`; or ``rows`` are not ``rank`` distinct indices.
+        ValueError: as :func:`low_rank` and :func:`compact`; ``rows`` are not ``rank`` distinct
+            indices, or come with ``blocks``.
     """
     if rows is None:
-        exact = compact(low_rank(W, rank, gram, outputs=outputs))
+        exact = compact(low_rank(W, rank, gram, outputs=outputs), blocks=blocks)
         if not noise:
             return exact
         chosen, rest = torch.argsort(exact.order).tensor_split([rank])
@@ -170,6 +176,8 @@ def interpolative(
             target = target + torch.linalg.solve(H[rest][:, rest], missed)
         T = fit_right(target, exact.S.double(), gram, exact.S.dtype, noise)
         return replace(exact, T=T.to(exact.S))
+    if blocks is not None:
+        raise ValueError(f"got rows and blocks {list(blocks)}; the rows decide which blocks give.")
     W = _prepared(W, gram)
     m, n = W.shape
     require_rank(rank, min(m, n), f"a {m}x{n} matrix")

@@ -7,7 +7,7 @@ factorization of this package through ``G`` alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -59,7 +59,8 @@ class GramAccumulator:
                 f"activations have {x.shape[-1]} features, this Gram matrix has {self.features}."
             )
         rows = x.detach().reshape(-1, self.features).to(self._sum)
-        self._sum.addmm_(rows.T, rows)
+        with _products_in(x.dtype):
+            self._sum.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
 
     def second_moment(self) -> torch.Tensor:
@@ -219,15 +220,20 @@ def curvature_spectrum(W: torch.Tensor, gram: torch.Tensor, outputs: torch.Tenso
     return torch.linalg.eigvalsh((moment + moment.mT) / 2).clamp_min(0).flip(0)
 
 
-def damped(metric: torch.Tensor, share: float) -> torch.Tensor:
+def damped(metric: torch.Tensor, share: float, sizes: Sequence[int] | None = None) -> torch.Tensor:
     """``H + share · mean(diag H) · I`` in float64; of a diagonal ``(m,)``, its entries raised.
 
     A curvature estimated from few tokens calls some directions free that are not.
+
+    Args:
+        sizes: outputs of every module, where ``H`` is that of several, stacked: each is raised by
+            its own mean, or the one with the largest gradients would drown the others.
     """
     result = metric.double().clone()
     diagonal = result if result.ndim == 1 else result.diagonal()
-    # The extra keeps an all-zero metric, of outputs that the loss never sees, positive definite.
-    diagonal.add_(share * diagonal.mean() + torch.finfo(torch.float64).tiny ** 0.5)
+    for part in diagonal.split(list(sizes or [len(diagonal)])):
+        # The extra keeps an all-zero metric, of outputs that the loss never sees, definite.
+        part.add_(share * part.mean() + torch.finfo(torch.float64).tiny ** 0.5)
     return result
 
 

@@ -179,7 +179,8 @@ class RefineConfig(BaseModel):
     Attributes:
         epochs: passes over the calibration windows that are not held out.
         batch_size: windows a step.
-        learning_rate: of Adam at the first step; it falls along half a cosine.
+        learning_rate: of Adam, relative to the factors as in ``CURHealModifier``; it falls along
+            half a cosine.
         train: ``free`` trains the factors that the form leaves free (``U`` of CUR, ``T`` of a row
             ID); ``all`` trains all factors: a CUR's rows and columns are then real no more.
         norms: also train the layer's normalization weights.
@@ -189,9 +190,9 @@ class RefineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    epochs: int = Field(default=8, ge=1)
+    epochs: int = Field(default=4, ge=1)
     batch_size: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
     train: Literal["free", "all"] = "all"
     norms: bool = True
     validation_share: float = Field(default=1 / 8, gt=0, le=0.5)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,10 +21,12 @@ from torch import nn
 from tqdm import tqdm
 
 from cur_modifier.checkpoint import wrap_save_pretrained
-from cur_modifier.factored import FactoredLinear
+from cur_modifier.factored import FactoredLinear, InterpolativeLinear, load_shared
 from cur_modifier.linalg import (
+    CUR,
     Form,
     GramAccumulator,
+    RowID,
     Score,
     Selection,
     anchored_target,
@@ -31,6 +34,7 @@ from cur_modifier.linalg import (
     dense_parameters,
     energy_rank,
     shrunk,
+    split_rows,
     stored_parameters,
 )
 from cur_modifier.modifiers import upstream
@@ -66,9 +70,10 @@ from cur_modifier.modifiers.plan import (
     with_budget,
     with_ranks,
 )
-from cur_modifier.modifiers.refine import refine_layer
+from cur_modifier.modifiers.refine import Surroundings, refine_layer
 from cur_modifier.modifiers.report import ModuleRecord
 from cur_modifier.modifiers.sensitivity import Sensitivity, load_or_measure
+from cur_modifier.modifiers.sharing import joined, with_direct_outputs
 from cur_modifier.modifiers.streams import LayerStreams, frozen
 
 __all__ = ["CURModifier"]
@@ -77,6 +82,24 @@ __all__ = ["CURModifier"]
 ENOUGH_TOKENS = 16
 # Shrinkage of a Gram matrix towards its diagonal at one token a feature; it falls with the tokens.
 SHRINKAGE = 0.5
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A candidate whose factored modules, by name, are in the model and not fitted yet."""
+
+    candidate: Candidate
+    containers: dict[str, FactoredLinear]
+
+    @property
+    def first(self) -> FactoredLinear:
+        """The module that runs first: what it reads, all of them read."""
+        return next(iter(self.containers.values()))
+
+    @property
+    def last(self) -> FactoredLinear:
+        """The module that runs last: behind it all of them are done."""
+        return next(reversed(self.containers.values()))
 
 
 class CURModifier(Modifier):
@@ -98,7 +121,7 @@ class CURModifier(Modifier):
           fit: loss
           anchor: 0.25
           rank: {ratio: 0.8, budget: sensitivity}
-          refine: {epochs: 8}
+          refine: {epochs: 4}
           multiple_of: 64
           layers: {select: all}
       quantization_modifiers:
@@ -130,6 +153,11 @@ class CURModifier(Modifier):
     :param scores: what a row or column is worth to the selection; ``wanda`` for CUR
     :param selection: how rows and columns are picked; ``deim`` for CUR. A row ID without a
         selection is the compact form of the optimal approximation
+    :param share_skeleton: factor the targets that read one tensor (q, k and v; gate and up) as one
+        row ID ``[W_q; W_k; W_v]`` whose skeleton they share, with one rank, that of the stacked
+        weight. Better at equal size where their rows are alike, and one first product in place of
+        several. Which modules read one tensor is seen in a short forward pass of the dense model.
+        Only for form ``id`` without a selection
     :param fit: norm in which the free factors are fitted. Where a later stage quantizes a row ID,
         its interpolation also expects the noise that the bits bring
     :param anchor: the dense model's share in the targets. Behind layers that are already factored
@@ -154,6 +182,7 @@ class CURModifier(Modifier):
     form: Form = Form.CUR
     scores: Score | None = None
     selection: Selection | None = None
+    share_skeleton: bool = False
     fit: Fit = Fit.GRAM
     anchor: float | None = Field(default=None, ge=0, le=1)
     refine: RefineConfig | None = None
@@ -164,7 +193,7 @@ class CURModifier(Modifier):
     seed: int = 0
     mlflow: bool = True
 
-    _pending: dict[nn.Module, Candidate] = PrivateAttr(default_factory=dict)
+    _pending: list[_Waiting] = PrivateAttr(default_factory=list)
     _grams: dict[nn.Module, GramAccumulator] = PrivateAttr(default_factory=dict)
     _latest: tuple[torch.Tensor, GramAccumulator] | None = PrivateAttr(default=None)
     _journal: Journal | None = PrivateAttr(default=None)
@@ -183,6 +212,13 @@ class CURModifier(Modifier):
                 f"scores '{self.scores}' guide a selection, and form 'id' without one takes the "
                 "optimal approximation. Give `selection` as well (e.g. qdeim), or drop `scores`."
             )
+        if self.share_skeleton and (self.form is not Form.ID or self.selection is not None):
+            given = f"selection '{self.selection}'" if self.form is Form.ID else "form 'cur'"
+            raise ValueError(
+                f"share_skeleton is set with {given}; only a row ID of the optimal approximation "
+                "can share its skeleton. Write `form: id` without `selection` and `scores`, or "
+                "drop `share_skeleton`."
+            )
         # Upstream runs its sequential pipeline for a stage that requires data. A stage that runs
         # the layers itself takes the data and leaves the pipeline out.
         self.requires_calibration_data = self.recipe.needs_activations and not self.by_layers
@@ -196,7 +232,8 @@ class CURModifier(Modifier):
     @property
     def needs_gradients(self) -> bool:
         """Whether the loss's curvature is measured."""
-        return self.fit is Fit.LOSS or self.rank.budget == "sensitivity"
+        by_budget = self.rank.budget == "sensitivity"
+        return self.fit is Fit.LOSS or by_budget or self.refine is not None
 
     @property
     def recipe(self) -> Recipe:
@@ -220,6 +257,13 @@ class CURModifier(Modifier):
             self.targets,
             self.ignore,
         )
+        if self.share_skeleton:
+            candidates = joined(model, layers, candidates)
+            if not any(candidate.shared for candidate in candidates):
+                logger.warning(
+                    "share_skeleton changes nothing: no two targets read one tensor. Add targets, "
+                    "e.g. q, k and v together."
+                )
         planned = with_ranks(candidates, self.form, self.rank, self.multiple_of)
         if self.rank.budget == "sensitivity":
             with_budget(planned, self.form, self.rank, self.multiple_of, spectra=None)
@@ -252,12 +296,12 @@ class CURModifier(Modifier):
             if self.by_layers:
                 self._run_layers(state.model, state.data.calib)
                 return
-            for container in self._pending:
-                assert isinstance(container, FactoredLinear)
-                if torch.accelerator.is_available() and container.dense is not None:
-                    set_onload_device(container.dense, get_main_device())
+            for waiting in self._pending:
+                for container in waiting.containers.values():
+                    if torch.accelerator.is_available() and container.dense is not None:
+                        set_onload_device(container.dense, get_main_device())
                 if self.recipe.needs_activations:
-                    self.register_hook(container, self._observe, "forward_pre")  # type: ignore[arg-type]
+                    self.register_hook(waiting.first, self._observe, "forward_pre")  # type: ignore[arg-type]
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
@@ -265,10 +309,9 @@ class CURModifier(Modifier):
         """Fit the factors of the modules that have seen all of their data."""
         with self._failing_run(), torch.no_grad():
             self._latest = None
-            finished = [module for module in modules if module in self._pending]
-            for container in finished:
-                assert isinstance(container, FactoredLinear)
-                self._fit_alone(container, self._pending[container])
+            done = set(modules)
+            for waiting in [w for w in self._pending if w.last in done]:
+                self._fit_alone(waiting)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Remove the hooks.
@@ -279,7 +322,7 @@ class CURModifier(Modifier):
         self.remove_hooks()
         with self._failing_run():
             if self._pending:
-                names = [candidate.name for candidate in self._pending.values()]
+                names = [waiting.candidate.name for waiting in self._pending]
                 raise ValueError(
                     f"the calibration never ran {names[:6]}, so they have no factors. Put them on "
                     "`ignore`, or calibrate with inputs that reach them."
@@ -328,14 +371,14 @@ class CURModifier(Modifier):
         distances: list[float] | None = None
         squares: dict[str, torch.Tensor] = {}
         if self.layers.select == "angular" or (by_energy and self.fit.needs_activations):
-            watched = {c.name: c.linear for c in planned} if by_energy else {}
+            watched = {c.name: c.first for c in planned} if by_energy else {}
             distances, squares = survey(model, batches, [m for _, m in layers], watched)
         chosen = choose_layers(self.layers, len(layers), self.seed, distances)
         planned = [c for c in planned if c.layer in chosen]
         if self.rank.energy is not None:
             energies = {
                 c.name: energy_rank(
-                    weighted_spectrum(c.linear.weight, squares.get(c.name)), self.rank.energy
+                    weighted_spectrum(c.weight, squares.get(c.name)), self.rank.energy
                 )
                 for c in planned
             }
@@ -343,7 +386,8 @@ class CURModifier(Modifier):
         if self.needs_gradients:
             self._sensitivity = load_or_measure(
                 model,
-                {c.name: c.linear for c in planned},
+                {c.name: list(c.members.values()) for c in planned},
+                layers,
                 [sample.inputs for sample in collect_samples(batches)],
                 samples=self.sensitivity.samples,
                 seed=self.seed,
@@ -353,44 +397,61 @@ class CURModifier(Modifier):
                 planned = with_budget(
                     planned, self.form, self.rank, self.multiple_of, self._sensitivity.spectra
                 )
-        logger.info(f"CURModifier factors {len(planned)} modules in layers {chosen}")
+        if self.share_skeleton:
+            planned = [
+                with_direct_outputs(c, self.multiple_of, self._outputs_metric(c))
+                for c in tqdm(planned, desc="Sharing skeletons")
+            ]
+        modules = sum(len(c.members) for c in planned)
+        logger.info(f"CURModifier factors {modules} modules in layers {chosen}")
         self._open_journal.layers_chosen(distances, chosen)
         return planned
 
     def _swap(self, model: nn.Module, candidate: Candidate) -> None:
-        m, n = candidate.shape
-        record = ModuleRecord(
-            name=candidate.name,
-            layer=candidate.layer,
-            form=str(self.form),
-            out_features=m,
-            in_features=n,
-            parameters_before=dense_parameters(m, n, bias=candidate.bias),
-        )
-        self._open_journal.records[candidate.name] = record
+        records = [
+            ModuleRecord(
+                name=name,
+                layer=candidate.layer,
+                form=str(self.form),
+                out_features=linear.out_features,
+                in_features=linear.in_features,
+                parameters_before=dense_parameters(
+                    linear.out_features, linear.in_features, bias=linear.bias is not None
+                ),
+            )
+            for name, linear in candidate.members.items()
+        ]
+        self._open_journal.records |= {record.name: record for record in records}
         if candidate.rank is None:
             why = (
                 f"the rank that holds energy {self.rank.energy} would store no less than"
                 if self.rank.energy is not None
                 else "the budget gives it all of"
             )
-            logger.warning(
-                f"{candidate.name} stays dense: {why} its {record.parameters_before} parameters"
-            )
+            before = sum(record.parameters_before for record in records)
+            logger.warning(f"{candidate.name} stays dense: {why} its {before} parameters")
             return
-        record.rank = candidate.rank
-        record.parameters_after = stored_parameters(
-            self.form, m, n, candidate.rank, bias=candidate.bias
-        )
+        noise = 0.0
         if self.form is Form.ID:
             # Followers are known only now; the pass that fits the factors runs without them.
-            record.expected_noise = quantization_noise(follower_bits(self, candidate, self.form))
-        container = candidate.skeleton(self.form)
-        container.stand_in(candidate.linear)
-        container.train(candidate.linear.training)
-        parent, _, child = candidate.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, container)
-        self._pending[container] = candidate
+            noise = quantization_noise(follower_bits(self, candidate, self.form))
+        containers = candidate.skeletons(self.form)
+        for record, container in zip(records, containers.values(), strict=True):
+            linear = candidate.members[record.name]
+            m, n, bias = linear.out_features, linear.in_features, linear.bias is not None
+            record.rank = candidate.rank
+            record.expected_noise = noise
+            record.parameters_after = stored_parameters(self.form, m, n, candidate.rank, bias=bias)
+            if candidate.shared:  # each counts the rows of the skeleton that are its own outputs
+                assert isinstance(container, InterpolativeLinear)
+                c = record.direct_outputs = container.direct_outputs
+                record.shared_skeleton = None if container.leader is None else records[0].name
+                record.parameters_after = c * n + (m - c) * candidate.rank + m * bias
+            container.stand_in(linear)
+            container.train(linear.training)
+            parent, _, child = record.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, container)
+        self._pending.append(_Waiting(candidate, containers))
 
     def _observe(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0]
@@ -404,66 +465,95 @@ class CURModifier(Modifier):
         own.update(x)
         self._latest = (x, own)
 
-    def _fit_alone(self, container: FactoredLinear, candidate: Candidate) -> None:
-        """Fit one module to the inputs that the hooks saw."""
+    def _fit_alone(self, waiting: _Waiting) -> None:
+        """Fit one candidate to the inputs that the hooks saw."""
         second_moment = None
         if self.recipe.needs_activations:
-            accumulator = self._grams.get(container)
+            accumulator = self._grams.get(waiting.first)
             if accumulator is None:
                 raise ValueError(
-                    f"{candidate.name}: no token reached this module. Calibrate with inputs that "
-                    "reach it, or put it on `ignore`"
+                    f"{waiting.candidate.name}: no token reached this module. Calibrate with "
+                    "inputs that reach it, or put it on `ignore`"
                 )
             second_moment = self._regularized(
-                [candidate.name], accumulator.second_moment(), accumulator.tokens
+                list(waiting.containers), accumulator.second_moment(), accumulator.tokens
             )
-        self._fit(container, candidate, second_moment)
-        self._grams.pop(container, None)
+        self._fit(waiting, second_moment)
+        self._grams.pop(waiting.first, None)
 
     def _run_layers(self, model: nn.Module, batches: Any) -> None:
         """Fit, and refine, one layer after another, with the dense model beside it."""
         layers = decoder_layers(model)
-        by_layer: dict[int, dict[str, FactoredLinear]] = {}
-        for container, candidate in self._pending.items():
-            assert isinstance(container, FactoredLinear)
-            by_layer.setdefault(candidate.layer, {})[candidate.name] = container
+        by_layer: dict[int, dict[str, _Waiting]] = {}
+        for waiting in self._pending:
+            candidate = waiting.candidate
+            by_layer.setdefault(candidate.layer, {})[candidate.name] = waiting
         last = max(by_layer, default=-1)
         with upstream.training_forward(model, logits=False) as device, frozen(model):
             samples = [sample.inputs for sample in collect_samples(batches)]
             streams = LayerStreams(model, [layer for _, layer in layers], samples, device)
             for index in tqdm(range(last + 1), desc="Factoring layers", disable=last < 0):
-                containers = by_layer.get(index, {})
-                outputs, inputs, groups = streams.run_dense(containers)
+                by_name = by_layer.get(index, {})
+                readers = {name: waiting.first for name, waiting in by_name.items()}
+                outputs, inputs, groups = streams.run_dense(readers)
+                around: dict[str, Surroundings] = {}
                 for group in groups:
-                    self._fit_group(streams, {n: containers[n] for n in group}, inputs[group[0]])
-                if self.refine is not None and containers:
+                    waiting_group = [by_name[name] for name in group]
+                    gram = self._fit_group(streams, waiting_group, inputs[group[0]])
+                    if self.refine is not None and gram is not None:
+                        for waiting in waiting_group:
+                            around |= self._surroundings(waiting, gram)
+                if self.refine is not None and around:
+                    name = layers[index][0]
+                    fitted = {n: c for w in by_name.values() for n, c in w.containers.items()}
+                    containers = {n: c for n, c in fitted.items() if n in around}
                     refined = refine_layer(
-                        streams, outputs, containers, self.refine, seed=self.seed ^ index
+                        streams,
+                        outputs,
+                        containers,
+                        around,
+                        self._metric(name),
+                        self.refine,
+                        seed=self.seed ^ index,
                     )
-                    self._open_journal.refined(layers[index][0], index, refined)
+                    self._open_journal.refined(name, index, refined)
                 streams.advance(outputs)
 
     def _fit_group(
         self,
         streams: LayerStreams,
-        group: Mapping[str, FactoredLinear],
+        group: Sequence[_Waiting],
         dense_inputs: Sequence[torch.Tensor],
-    ) -> None:
-        """Fit the modules that read one tensor to what both models put into it."""
-        first = next(iter(group.values()))
+    ) -> torch.Tensor | None:
+        """Fit the candidates that read one tensor to what both models put into it; the second
+        moment of what the compressed model puts, where it was asked for."""
+        first = group[0].first
         gram = drift = None
-        if self.recipe.needs_activations or self.anchor:
+        if self.recipe.needs_activations or self.anchor or self.refine is not None:
             moments = streams.moments(first, dense_inputs, first.in_features)
             gram, drift = moments.moments()
-            gram = self._regularized(list(group), gram, moments.tokens)
-        for container in group.values():
-            candidate = self._pending[container]
+            names = [name for waiting in group for name in waiting.containers]
+            gram = self._regularized(names, gram, moments.tokens)
+        for waiting in group:
             target = None
             if self.anchor:
                 assert gram is not None and drift is not None
-                dense = candidate.linear.weight.detach()
+                dense = waiting.candidate.weight
                 target = anchored_target(dense, gram, drift.to(gram), self.anchor)
-            self._fit(container, candidate, gram, target)
+            self._fit(waiting, gram, target)
+        return gram
+
+    def _surroundings(self, waiting: _Waiting, gram: torch.Tensor) -> dict[str, Surroundings]:
+        """What each container of a fitted candidate reads, and what its outputs are worth."""
+        candidate = waiting.candidate
+        metric = self._metric(candidate.name, candidate.sizes).to(gram.device)
+        found, start = {}, 0
+        for (name, _), size in zip(waiting.containers.items(), candidate.sizes, strict=True):
+            own = slice(start, start + size)
+            block = metric[own] if metric.ndim == 1 else metric[own, own]
+            found[name] = Surroundings(gram, block)
+            start += size
+        return found
 
     def _regularized(self, names: Sequence[str], gram: torch.Tensor, tokens: int) -> torch.Tensor:
         """The Gram matrix, with what its tokens leave open filled in from its diagonal."""
@@ -482,24 +572,19 @@ class CURModifier(Modifier):
 
     def _fit(
         self,
-        container: FactoredLinear,
-        candidate: Candidate,
+        waiting: _Waiting,
         second_moment: torch.Tensor | None,
         target: torch.Tensor | None = None,
     ) -> None:
-        """Fit one module's factors to a second moment, load them, and write the record."""
+        """Fit a candidate's factors to a second moment, load them, and write the records."""
         started = time.perf_counter()
-        dense = container.dense
-        assert dense is not None and candidate.rank is not None
-        record = self._open_journal.records[candidate.name]
-        W = dense.weight.detach()
+        candidate, containers = waiting.candidate, list(waiting.containers.values())
+        assert candidate.rank is not None
+        records = [self._open_journal.records[name] for name in candidate.members]
+        W = candidate.weight
         if second_moment is not None:
             W = W.to(second_moment.device)
-        outputs = None
-        if self.fit is Fit.LOSS:
-            assert self._sensitivity is not None
-            metric = self._sensitivity.outputs[candidate.name].to(W.device)
-            outputs = damped(metric, self.sensitivity.damping)
+        outputs = self._outputs_metric(candidate)
         try:
             factors = factorize(
                 self.recipe,
@@ -507,24 +592,37 @@ class CURModifier(Modifier):
                 second_moment,
                 candidate.rank,
                 seed=self.seed ^ zlib.crc32(candidate.name.encode()),
-                noise=record.expected_noise,
-                outputs=outputs,
+                noise=records[0].expected_noise,
+                outputs=None if outputs is None else outputs.to(W.device),
                 target=target,
+                blocks=candidate.blocks,
             )
         except ValueError as error:
             raise ValueError(f"{candidate.name}: {error}") from error
-        bias = None if dense.bias is None else dense.bias.detach()
-        container.load_factors(factors, bias, write=update_offload_parameter)
+        _load(containers, factors, list(candidate.members.values()))
         gram = fitted_gram(self.fit, second_moment)
         W = W.to(torch.promote_types(W.dtype, torch.float32))
-        record.relative_error = relative_error(W, container.dense_weight().to(W), gram)
-        record.max_factor_entry = max(
-            float(factor.weight.detach().abs().max()) for factor in container.factors.values()
-        )
-        record.seconds = time.perf_counter() - started
+        for record, container, block in zip(
+            records, containers, W.split(candidate.sizes), strict=True
+        ):
+            record.relative_error = relative_error(block, container.dense_weight().to(W), gram)
+            factor_entries = [f.weight.detach().abs().max() for f in container.factors.values()]
+            # None where all its outputs are in the skeleton of another module.
+            record.max_factor_entry = max(map(float, factor_entries), default=None)
+        for record in records:
+            record.seconds = (time.perf_counter() - started) / len(records)
         mean_square = None if second_moment is None else second_moment.diagonal()
-        self._open_journal.fitted(record, W, mean_square)
-        del self._pending[container]
+        self._open_journal.fitted(candidate.name, records, W, mean_square)
+        self._pending.remove(waiting)
+
+    def _outputs_metric(self, candidate: Candidate) -> torch.Tensor | None:
+        """The metric of a candidate's stacked outputs that the fit minimises in, if any."""
+        return self._metric(candidate.name, candidate.sizes) if self.fit is Fit.LOSS else None
+
+    def _metric(self, name: str, sizes: Sequence[int] | None = None) -> torch.Tensor:
+        """What the loss makes of errors in the outputs of a candidate or a layer."""
+        assert self._sensitivity is not None
+        return damped(self._sensitivity.outputs[name], self.sensitivity.damping, sizes)
 
     @property
     def journal(self) -> Journal | None:
@@ -546,3 +644,17 @@ class CURModifier(Modifier):
                 self._journal.fail(error)
                 self._journal = None
             raise
+
+
+def _load(
+    containers: Sequence[FactoredLinear], factors: CUR | RowID, dense: Sequence[nn.Linear]
+) -> None:
+    """Store factors of the stacked weight in the containers, with the dense modules' biases."""
+    biases = [None if linear.bias is None else linear.bias.detach() for linear in dense]
+    if len(containers) == 1:
+        containers[0].load_factors(factors, biases[0], write=update_offload_parameter)
+        return
+    sharing = [c for c in containers if isinstance(c, InterpolativeLinear)]
+    assert isinstance(factors, RowID)
+    parts = split_rows(factors, [linear.out_features for linear in dense])
+    load_shared(sharing, parts, biases, write=update_offload_parameter)

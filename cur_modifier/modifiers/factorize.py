@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,7 @@ def factorize(
     noise: float = 0.0,
     outputs: torch.Tensor | None = None,
     target: torch.Tensor | None = None,
+    blocks: Sequence[tuple[int, int]] | None = None,
 ) -> CUR | RowID:
     """Factors of ``W (m, n)`` at ``rank``, given ``E[x xᵀ] (n, n)`` where the recipe needs it.
 
@@ -76,6 +78,8 @@ def factorize(
             are those of ``W`` all the same.
         noise: relative error power that a later stage will bring to the skeleton of a row ID. CUR
             takes no heed of it: on SmolLM2 a core fitted to the noise gained nothing.
+        blocks: where ``W`` stacks weights that are to share a skeleton, the outputs of each and how
+            many of them the skeleton gives directly; for a recipe without selection.
 
     Raises:
         ValueError: as the routines of :mod:`cur_modifier.linalg`.
@@ -84,7 +88,7 @@ def factorize(
     gram = fitted_gram(recipe.fit, second_moment)
     if recipe.selection is None:
         wanted = W if target is None else target.to(W)
-        return interpolative(wanted, rank, gram, noise=noise, outputs=outputs)
+        return interpolative(wanted, rank, gram, noise=noise, outputs=outputs, blocks=blocks)
     assert recipe.scores is not None
     scored = score(recipe.scores, W, second_moment)
     rows, columns = select_rows_and_columns(recipe.selection, scored, rank, seed=seed)

@@ -68,24 +68,37 @@ class Journal:
             self._tracker.log_metrics({"angular_distance": distance}, step=index)
 
     def fitted(
-        self, record: ModuleRecord, W: torch.Tensor, mean_square: torch.Tensor | None
+        self,
+        name: str,
+        records: Sequence[ModuleRecord],
+        W: torch.Tensor,
+        mean_square: torch.Tensor | None,
     ) -> None:
-        """Log one fitted module, whose dense weight was ``W``."""
-        assert record.rank is not None
-        assert record.relative_error is not None and record.seconds is not None
-        logger.info(
-            f"{record.name}: {record.out_features}x{record.in_features} as {record.form} of rank "
-            f"{record.rank}, relative error {record.relative_error:.4f}, {record.seconds:.2f} s"
-        )
+        """Log what was fitted at once: one module, or several that share a skeleton.
+
+        Args:
+            W: their dense weight, stacked.
+        """
+        for record in records:
+            assert record.relative_error is not None and record.seconds is not None
+            holder = record.shared_skeleton
+            logger.info(
+                f"{record.name}: {record.out_features}x{record.in_features} as {record.form} of "
+                f"rank {record.rank}{f' on the skeleton of {holder}' if holder else ''}, relative "
+                f"error {record.relative_error:.4f}, {record.seconds:.2f} s"
+            )
+            if self._tracker.run_id is not None:
+                done = sum(r.seconds is not None for r in self.records.values())
+                self._tracker.log_metrics(
+                    {"relative_error": record.relative_error, "module_seconds": record.seconds},
+                    step=done,
+                )
         if self._tracker.run_id is None:
             return
-        done = sum(r.seconds is not None for r in self.records.values())
-        self._tracker.log_metrics(
-            {"relative_error": record.relative_error, "module_seconds": record.seconds}, step=done
-        )
         if min(W.shape) <= SPECTRUM_SIDE or W.device.type != "cpu":
-            values = weighted_spectrum(W, mean_square).tolist()
-            self._spectra[record.name] = (values, record.rank)
+            rank = records[0].rank
+            assert rank is not None
+            self._spectra[name] = (weighted_spectrum(W, mean_square).tolist(), rank)
 
     def refined(self, layer: str, index: int, refinement: Refinement) -> None:
         """Log what training a decoder layer did."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from compressed_tensors.utils import is_match, match_named_modules
@@ -12,8 +13,8 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from torch import nn
 
-from cur_modifier.factored import FACTORED_CLASSES, FactoredLinear
-from cur_modifier.linalg import Form, RankCurve, allocate_ranks, truncation_tail
+from cur_modifier.factored import FACTORED_CLASSES, FactoredLinear, shared_skeleton
+from cur_modifier.linalg import Form, RankCurve, allocate_ranks, apportion, truncation_tail
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.config import RankConfig
 
@@ -30,34 +31,86 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Candidate:
-    """A Linear that the targets match: ``linear`` is ``(m, n)``, in decoder layer ``layer``."""
+    """Linears of decoder layer ``layer`` that are factored as one: a single one that the targets
+    match, or several that read one tensor and are to share a skeleton.
 
-    name: str
+    Attributes:
+        members: the Linears by name, in the order of execution. All are children of one module.
+        rank: of their stacked weights ``(m, n)``; None where they stay dense.
+        direct_outputs: where they share a skeleton, how many of its rows are outputs of each. Empty
+            until they are chosen.
+    """
+
+    members: Mapping[str, nn.Linear]
     layer: int
-    linear: nn.Linear
     rank: int | None = None
+    direct_outputs: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The module's name; of several, e.g. ``model.layers.3.mlp.gate_proj+up_proj``."""
+        first, *others = self.members
+        return "+".join([first, *(name.rpartition(".")[2] for name in others)])
+
+    @property
+    def shared(self) -> bool:
+        """Whether there are several, which share a skeleton."""
+        return len(self.members) > 1
+
+    @property
+    def sizes(self) -> list[int]:
+        """Outputs of every member."""
+        return [linear.out_features for linear in self.members.values()]
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.linear.out_features, self.linear.in_features
+        return sum(self.sizes), self.first.in_features
 
     @property
     def bias(self) -> bool:
-        return self.linear.bias is not None
+        """Whether any member has one. Where only some have, ranks are chosen as if all had."""
+        return any(linear.bias is not None for linear in self.members.values())
 
-    def skeleton(self, form: Form, *, device: torch.device | str | None = None) -> FactoredLinear:
-        """The factored module that will take its place, with empty factors."""
+    @property
+    def first(self) -> nn.Linear:
+        """The member that runs first."""
+        return next(iter(self.members.values()))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The members' weights stacked, ``(m, n)``."""
+        if not self.shared:
+            return self.first.weight.detach()
+        return torch.cat([linear.weight.detach() for linear in self.members.values()])
+
+    @property
+    def blocks(self) -> list[tuple[int, int]] | None:
+        """Outputs and direct outputs of every member, where they share a skeleton."""
+        return list(zip(self.sizes, self.direct_outputs, strict=True)) if self.shared else None
+
+    def skeletons(
+        self, form: Form, *, device: torch.device | str | None = None
+    ) -> dict[str, FactoredLinear]:
+        """The factored modules that will take the members' places, with empty factors.
+
+        Where direct outputs are not chosen yet they are in proportion to the outputs.
+        """
         assert self.rank is not None
         m, n = self.shape
-        weight = self.linear.weight
-        return FACTORED_CLASSES[form](
+        weight = self.first.weight
+        like: Any = {"device": device or weight.device, "dtype": weight.dtype}
+        if not self.shared:
+            [name] = self.members
+            return {name: FACTORED_CLASSES[form](n, m, self.rank, bias=self.bias, **like)}
+        layers = shared_skeleton(
             n,
-            m,
+            self.sizes,
             self.rank,
-            bias=self.bias,
-            device=device or weight.device,
-            dtype=weight.dtype,
+            self.direct_outputs or apportion(self.sizes, self.sizes, self.rank),
+            bias=[linear.bias is not None for linear in self.members.values()],
+            **like,
         )
+        return dict(zip(self.members, layers, strict=True))
 
 
 def find_candidates(
@@ -86,7 +139,7 @@ def find_candidates(
             hits += 1
             if layer in allowed and not _ignored(name, module, ignore):
                 _refuse_quantized(name, module)
-                candidates[name] = Candidate(name=name, layer=layer, linear=module)
+                candidates[name] = Candidate(members={name: module}, layer=layer)
         if not hits:
             raise ValueError(
                 f"target {target!r} matches no Linear inside the decoder layers of "
@@ -161,11 +214,11 @@ def check_weights(candidates: Sequence[Candidate]) -> None:
     """Raises:
     ValueError: a weight holds NaN or infinity, naming the module.
     """
-    for candidate in candidates:
-        bad = int((~torch.isfinite(candidate.linear.weight)).sum())
+    for name, linear in (pair for c in candidates for pair in c.members.items()):
+        bad = int((~torch.isfinite(linear.weight)).sum())
         if bad:
             raise ValueError(
-                f"{candidate.name}.weight contains NaN or infinity in {bad} entries. Repair the "
+                f"{name}.weight contains NaN or infinity in {bad} entries. Repair the "
                 "checkpoint, or put the module on `ignore`."
             )
 
@@ -183,7 +236,10 @@ def check_followers(
         ValueError: a group size or a sparsity block that does not divide the inputs of a factor or
             of a dense Linear, naming all of them.
     """
-    skeletons = {c.name: c.skeleton(form, device="meta") for c in planned if c.rank is not None}
+    skeletons: dict[str, FactoredLinear] = {}
+    for candidate in planned:
+        if candidate.rank is not None:
+            skeletons |= candidate.skeletons(form, device="meta")
     dense = {
         name: module
         for name, module in model.named_modules()
@@ -225,9 +281,10 @@ def check_followers(
 
 def follower_bits(modifier: Modifier, candidate: Candidate, form: Form) -> int | None:
     """Bits to which a later stage will quantize the first factor of ``candidate``, or None."""
-    name, factor = next(iter(candidate.skeleton(form, device="meta").factors.items()))
+    module, skeleton = next(iter(candidate.skeletons(form, device="meta").items()))
+    name, factor = next(iter(skeleton.factors.items()))
     bits = (
-        upstream.weight_bits(follower, f"{candidate.name}.{name}", factor)
+        upstream.weight_bits(follower, f"{module}.{name}", factor)
         for follower in upstream.followers(modifier)
     )
     return min((b for b in bits if b is not None), default=None)

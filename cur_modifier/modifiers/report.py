@@ -21,7 +21,11 @@ __all__ = [
 
 @dataclass
 class ModuleRecord:
-    """One module. Errors are relative: ``‖(W − Ŵ) N‖_F / ‖W N‖_F`` in the norm of the fit."""
+    """One module. Errors are relative: ``‖(W − Ŵ) N‖_F / ‖W N‖_F`` in the norm of the fit.
+
+    Where modules share a skeleton, ``direct_outputs`` of its rows are this module's, and count in
+    its ``parameters_after``; ``shared_skeleton`` names the module that holds it, in the others.
+    """
 
     name: str
     layer: int
@@ -30,6 +34,8 @@ class ModuleRecord:
     in_features: int
     parameters_before: int
     rank: int | None = None
+    direct_outputs: int | None = None
+    shared_skeleton: str | None = None
     parameters_after: int | None = None
     relative_error: float | None = None
     max_factor_entry: float | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from cur_modifier.modifiers.streams import frozen
 __all__ = ["Sensitivity", "fingerprint", "load_or_measure"]
 
 FULL_METRIC_OUTPUTS = 4096  # above, H is kept as its diagonal: 14336² numbers a module are too many
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Sensitivity:
     """What one gradient pass found.
 
     Attributes:
-        outputs: ``H (m, m)`` by module name, or its diagonal ``(m,)`` above 4096 outputs.
+        outputs: ``H (m, m)`` by name of a module or a decoder layer, or its diagonal ``(m,)`` above
+            4096 outputs.
         spectra: squared singular values of ``H^{1/2} W G^{1/2}`` by module name, descending.
     """
 
@@ -48,11 +49,14 @@ class Sensitivity:
 
 
 def fingerprint(
-    modules: Mapping[str, nn.Linear], batches: Iterable[Mapping[str, Any]], samples: int, seed: int
+    modules: Mapping[str, Sequence[nn.Linear]],
+    batches: Iterable[Mapping[str, Any]],
+    samples: int,
+    seed: int,
 ) -> dict[str, str]:
     """What a measurement depends on, as hashes: the weights, the data and the settings."""
     weights, data = hashlib.sha256(), hashlib.sha256()
-    for name, module in modules.items():
+    for name, module in ((name, m) for name, group in modules.items() for m in group):
         weights.update(f"{name}{tuple(module.weight.shape)}{module.weight.dtype}".encode())
         # Views of the bytes: numpy knows no bfloat16.
         stored = module.weight.detach().cpu().contiguous().flatten().view(torch.uint8)
@@ -65,16 +69,20 @@ def fingerprint(
 
 def load_or_measure(
     model: nn.Module,
-    modules: Mapping[str, nn.Linear],
+    modules: Mapping[str, Sequence[nn.Linear]],
+    layers: Sequence[tuple[str, nn.Module]],
     batches: Iterable[Mapping[str, Any]],
     *,
     samples: int,
     seed: int,
     cache: Path | None,
 ) -> Sensitivity:
-    """The sensitivities of ``modules``, from disk where they were measured before.
+    """The sensitivities of ``modules`` and decoder ``layers``, from disk where they were measured
+    before.
 
     Args:
+        modules: by name, the Linears that are measured as one: a single one, or several that read
+            one tensor and run once a pass, whose outputs count as stacked.
         samples: how many calibration samples to run backwards.
         seed: of the labels, which are drawn from the model's own distribution: the true Fisher
             information, which asks nothing of the data's labels.
@@ -94,7 +102,7 @@ def load_or_measure(
     if found is not None:
         logger.info(f"sensitivities read from {path}")
         return found
-    measured = measure(model, modules, _first(batches, samples), seed=seed)
+    measured = measure(model, modules, layers, _first(batches, samples), seed=seed)
     _save(path, measured, wanted)
     return measured
 
@@ -108,27 +116,36 @@ def default_cache() -> Path:
 
 def measure(
     model: nn.Module,
-    modules: Mapping[str, nn.Linear],
+    modules: Mapping[str, Sequence[nn.Linear]],
+    layers: Sequence[tuple[str, nn.Module]],
     batches: Iterable[Mapping[str, Any]],
     *,
     seed: int,
 ) -> Sensitivity:
     """The gradient pass. Arguments as :func:`load_or_measure`."""
     batches = list(batches)
-    metrics = {name: _Metric(module.out_features) for name, module in modules.items()}
+    metrics = {name: _Metric() for name in [*modules, *(name for name, _ in layers)]}
     grams: dict[str, GramAccumulator] = {}
     latest: list[tuple[torch.Tensor, GramAccumulator]] = []
 
-    def watch(name: str) -> Callable[..., None]:
+    def watch(name: str, place: int, stacked: _Stacked) -> Callable[..., None]:
         def hook(module: nn.Linear, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            out.register_hook(stacked.hook(place))
             x = args[0]
+            if place:
+                return
             if latest and latest[0][0] is x:
                 gram = grams.setdefault(name, latest[0][1])
             else:
                 gram = grams.setdefault(name, GramAccumulator(x.shape[-1], device=x.device))
                 latest[:] = [(x, gram)]
                 gram.update(x)
-            out.register_hook(metrics[name].update)
+
+        return hook
+
+    def watch_layer(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            (out[0] if isinstance(out, tuple) else out).register_hook(metrics[name].update)
 
         return hook
 
@@ -139,8 +156,13 @@ def measure(
         stack.enter_context(torch.enable_grad())
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
-        for name, module in modules.items():
-            stack.callback(module.register_forward_hook(watch(name)).remove)
+        for name, group in modules.items():
+            stacked = _Stacked(len(group), metrics[name].update)
+            for place, module in enumerate(group):
+                hook = module.register_forward_hook(watch(name, place, stacked))
+                stack.callback(hook.remove)
+        for name, layer in layers:
+            stack.callback(layer.register_forward_hook(watch_layer(name)).remove)
         for batch in tqdm(batches, desc="Measuring sensitivities"):
             latest.clear()
             inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -149,42 +171,65 @@ def measure(
             with half if dtype is torch.float32 else nullcontext():
                 logits = model(**inputs).logits
             _loss(logits, inputs.get("attention_mask"), generator).backward()
-    outputs, spectra = {}, {}
-    for name, module in modules.items():
-        metric = metrics[name].result(name)
-        gram = grams[name].second_moment()
-        outputs[name] = metric.to(torch.bfloat16)
-        weight = module.weight.detach().to(gram)
+    found = {name: metric.result(name) for name, metric in metrics.items()}
+    spectra = {}
+    for name, group in modules.items():
+        metric, gram = found[name], grams[name].second_moment()
+        weight = torch.cat([module.weight.detach() for module in group]).to(gram)
         spectra[name] = curvature_spectrum(weight, gram, metric).float()
-    return Sensitivity(outputs, spectra)
+    return Sensitivity({name: H.to(torch.bfloat16) for name, H in found.items()}, spectra)
+
+
+class _Stacked:
+    """Hands on the gradients at the outputs of several modules, stacked, once all have come."""
+
+    def __init__(self, modules: int, update: Callable[[torch.Tensor], None]) -> None:
+        self._modules = modules
+        self._update = update
+        self._found: dict[int, torch.Tensor] = {}
+
+    def hook(self, place: int) -> Callable[[torch.Tensor], None]:
+        def take(gradient: torch.Tensor) -> None:
+            self._found[place] = gradient
+            if len(self._found) == self._modules:
+                parts = [self._found.pop(index) for index in range(self._modules)]
+                self._update(parts[0] if self._modules == 1 else torch.cat(parts, dim=-1))
+
+        return take
 
 
 class _Metric:
-    """Streaming ``E[g gᵀ]``."""
+    """Streaming ``E[g gᵀ]``, or its diagonal where that is too large."""
 
-    def __init__(self, outputs: int) -> None:
-        self._full = outputs <= FULL_METRIC_OUTPUTS
-        self._sum: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self._full: GramAccumulator | None = None
+        self._diagonal: torch.Tensor | None = None
         self._tokens = 0
 
     def update(self, gradient: torch.Tensor) -> None:
-        g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-        product = g.T @ g if self._full else g.square().sum(0)
-        self._sum = product if self._sum is None else self._sum.add_(product)
+        outputs = gradient.shape[-1]
+        g = gradient.detach().reshape(-1, outputs)
         self._tokens += g.shape[0]
+        if outputs <= FULL_METRIC_OUTPUTS:
+            self._full = self._full or GramAccumulator(outputs, device=g.device)
+            self._full.update(g)
+        else:
+            squares = g.float().square().sum(0)
+            self._diagonal = squares if self._diagonal is None else self._diagonal + squares
 
     def result(self, name: str) -> torch.Tensor:
-        if self._sum is None:
+        if not self._tokens:
             raise ValueError(
                 f"no gradient reached {name}: the calibration never ran it. Put it on `ignore`, or "
                 "calibrate with inputs that reach it."
             )
-        if not bool(torch.isfinite(self._sum).all()):
-            raise ValueError(
-                f"the loss's gradients at {name} are not finite. Check the model's dtype (float16 "
-                "overflows where bfloat16 does not)."
-            )
-        return self._sum / self._tokens
+        if self._full is not None:
+            try:
+                return self._full.second_moment()
+            except ValueError as error:
+                raise ValueError(f"{name}, gradients: {error}") from error
+        assert self._diagonal is not None
+        return self._diagonal / self._tokens
 
 
 def _loss(

@@ -18,6 +18,7 @@ import torch
 from compressed_tensors.utils import patch_attr
 from torch import nn
 
+from cur_modifier.factored import FactoredLinear
 from cur_modifier.linalg import PairedMoments
 
 __all__ = ["LayerStreams", "frozen"]
@@ -63,8 +64,9 @@ class LayerStreams:
     ) -> None:
         self._model = model
         self._layers = layers
-        self._device = device
+        self.device = device
         self.depth = 0
+        self._settled: dict[nn.Module, dict[int, Any]] = {}  # a part's outputs by batch
         self.batches: list[_Batch] = []
         for batch in batches:
             inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -85,7 +87,7 @@ class LayerStreams:
         """
         dtype = self.batches[0].dense.dtype
         half = torch.bfloat16 if dtype is torch.float32 else dtype
-        return torch.autocast(self._device.type, half)
+        return torch.autocast(self.device.type, half)
 
     def forward(self, hidden: torch.Tensor, batch: int, row: int | None = None) -> torch.Tensor:
         """The layer's output for hidden states ``(samples, tokens, hidden)`` of a batch, or of one
@@ -144,7 +146,9 @@ class LayerStreams:
         Where the two see different tokens (an expert that routing reaches differently), the dense
         ones are left out: the module is then not anchored.
 
-        Cost: a pass through the layer up to ``module``, and that of :class:`PairedMoments`.
+        Cost: a pass through the layer from its last settled part up to ``module``, and that of
+        :class:`PairedMoments`; memory the outputs of settled parts (attention, once it is factored)
+        for all tokens.
         """
         moments = PairedMoments(features, device=dense_inputs[0].device if dense_inputs else None)
         for index, x in self._inputs_of(module):
@@ -153,7 +157,8 @@ class LayerStreams:
                 dense = x
             rows, others = x.reshape(-1, features), dense.reshape(-1, features)
             real = self.batches[index].real.flatten()
-            if len(real) == len(rows):  # an expert sees a choice of the tokens
+            # An expert sees a choice of the tokens; where all are real nothing is to be copied.
+            if len(real) == len(rows) and not bool(real.all()):
                 rows, others = rows[real], others[real]
             moments.update(rows, others)
         return moments
@@ -163,10 +168,16 @@ class LayerStreams:
         """Go on to the next layer, the compressed stream through the layer as it is now."""
         with self.precision():
             for index, batch in enumerate(self.batches):
-                out = self.forward(batch.compressed, index)
+                with self._settled_parts(index):
+                    out = self.forward(batch.compressed, index)
                 batch.compressed = out.to(batch.compressed.dtype)
                 batch.dense = dense_outputs[index]
         self.depth += 1
+        self.unsettle()
+
+    def unsettle(self) -> None:
+        """Forget what parts of the layer have answered: their factors are going to change."""
+        self._settled.clear()
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -181,13 +192,32 @@ class LayerStreams:
         try:
             for index, batch in enumerate(self.batches):
                 found.clear()
-                with self.precision():
+                with self.precision(), self._settled_parts(index):
                     try:
                         self.forward(batch.compressed, index)
                     except _ReachedError:
                         yield index, found[0]
         finally:
             handle.remove()
+
+    @contextmanager
+    def _settled_parts(self, index: int) -> Iterator[None]:
+        """Parts of the layer whose modules are all fitted run once for each batch.
+
+        Attention is a third of a pass, and every group of modules behind it takes a pass.
+        """
+        with ExitStack() as stack:
+            for part in self.layer.children():
+                factored = [m for m in part.modules() if isinstance(m, FactoredLinear)]
+                if not factored or any(m.dense is not None for m in factored):
+                    continue
+                answers = self._settled.setdefault(part, {})
+                if index in answers:
+                    stack.enter_context(patch_attr(part, "forward", _answering(answers[index])))
+                else:
+                    keep = _keeping(answers, index)
+                    stack.callback(part.register_forward_hook(keep).remove)
+            yield
 
     @torch.no_grad()
     def _check_chain(self, inputs: Mapping[str, Any]) -> None:
@@ -247,8 +277,19 @@ class LayerStreams:
                 self._model(**inputs)
         mask = inputs.get("attention_mask")
         if mask is None or mask.ndim != 2:
-            mask = torch.ones(first[0].shape[:2], device=self._device)
+            mask = torch.ones(first[0].shape[:2], device=self.device)
         return _Batch(first[0], first[0], arguments, real=mask.bool())
+
+
+def _answering(answer: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: answer
+
+
+def _keeping(answers: dict[int, Any], index: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        answers[index] = out
+
+    return hook
 
 
 def _row(value: Any, row: int, samples: int) -> Any:
