@@ -45,6 +45,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUR_MODIFIER_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _own_log_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that lowers the level for its own process lowers no later test's children's."""
+    monkeypatch.setenv("LLM_COMPRESSOR_LOG_LEVEL", "INFO")
+
+
 @pytest.fixture
 def log() -> Iterator[list[str]]:
     """What is logged during the test, as text."""

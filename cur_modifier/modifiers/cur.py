@@ -475,9 +475,10 @@ class CURModifier(Modifier):
                     f"{waiting.candidate.name}: no token reached this module. Calibrate with "
                     "inputs that reach it, or put it on `ignore`"
                 )
-            second_moment = self._regularized(
-                list(waiting.containers), accumulator.second_moment(), accumulator.tokens
-            )
+            with _named(waiting.candidate.name):
+                second_moment = accumulator.second_moment()
+            names = list(waiting.containers)
+            second_moment = self._regularized(names, second_moment, accumulator.tokens)
         self._fit(waiting, second_moment)
         self._grams.pop(waiting.first, None)
 
@@ -531,7 +532,8 @@ class CURModifier(Modifier):
         gram = drift = None
         if self.recipe.needs_activations or self.anchor or self.refine is not None:
             moments = streams.moments(first, dense_inputs, first.in_features)
-            gram, drift = moments.moments()
+            with _named(group[0].candidate.name):
+                gram, drift = moments.moments()
             names = [name for waiting in group for name in waiting.containers]
             gram = self._regularized(names, gram, moments.tokens)
         for waiting in group:
@@ -585,7 +587,7 @@ class CURModifier(Modifier):
         if second_moment is not None:
             W = W.to(second_moment.device)
         outputs = self._outputs_metric(candidate)
-        try:
+        with _named(candidate.name):
             factors = factorize(
                 self.recipe,
                 W,
@@ -597,8 +599,6 @@ class CURModifier(Modifier):
                 target=target,
                 blocks=candidate.blocks,
             )
-        except ValueError as error:
-            raise ValueError(f"{candidate.name}: {error}") from error
         _load(containers, factors, list(candidate.members.values()))
         gram = fitted_gram(self.fit, second_moment)
         W = W.to(torch.promote_types(W.dtype, torch.float32))
@@ -644,6 +644,15 @@ class CURModifier(Modifier):
                 self._journal.fail(error)
                 self._journal = None
             raise
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What the algebra finds wrong inside is said of the module ``name``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _load(

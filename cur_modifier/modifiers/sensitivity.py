@@ -27,6 +27,7 @@ from tqdm import tqdm
 from cur_modifier.linalg import GramAccumulator, curvature_spectrum
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.streams import frozen
+from cur_modifier.modifiers.training import digest
 
 __all__ = ["Sensitivity", "fingerprint", "load_or_measure"]
 
@@ -49,22 +50,24 @@ class Sensitivity:
 
 
 def fingerprint(
+    model: nn.Module,
     modules: Mapping[str, Sequence[nn.Linear]],
     batches: Iterable[Mapping[str, Any]],
     samples: int,
     seed: int,
 ) -> dict[str, str]:
-    """What a measurement depends on, as hashes: the weights, the data and the settings."""
-    weights, data = hashlib.sha256(), hashlib.sha256()
-    for name, module in ((name, m) for name, group in modules.items() for m in group):
-        weights.update(f"{name}{tuple(module.weight.shape)}{module.weight.dtype}".encode())
-        # Views of the bytes: numpy knows no bfloat16.
-        stored = module.weight.detach().cpu().contiguous().flatten().view(torch.uint8)
-        weights.update(stored.numpy().data)
-    for batch in _first(batches, samples):
-        data.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
-    settings = json.dumps({"samples": samples, "seed": seed, "format": _FORMAT})
-    return {"model": weights.hexdigest(), "data": data.hexdigest(), "settings": settings}
+    """What a measurement depends on, as text: the weights, the data and the settings."""
+    settings = {
+        "samples": samples,
+        "seed": seed,
+        "format": _FORMAT,
+        "modules": hashlib.sha256("\n".join(modules).encode()).hexdigest(),
+    }
+    return {
+        "model": digest(model.parameters()),
+        "data": digest(batch["input_ids"] for batch in _first(batches, samples)),
+        "settings": json.dumps(settings),
+    }
 
 
 def load_or_measure(
@@ -96,7 +99,7 @@ def load_or_measure(
         ValueError: ``cache`` holds another model's, data's or settings' measurement; gradients that
             are not finite.
     """
-    wanted = fingerprint(modules, batches, samples, seed)
+    wanted = fingerprint(model, modules, batches, samples, seed)
     path = cache or default_cache() / f"{_digest(wanted)}.safetensors"
     found = _load(path, wanted, own=cache is not None)
     if found is not None:
