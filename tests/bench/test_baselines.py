@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from quality.baselines import Factored, Inputs, asvd, curing, pair_rank, svd, svd_llm, svd_llm_id
+from quality.mpifa import reconstruct
 
 from cur_modifier.linalg import Form, gram_norm, stored_parameters
 
@@ -101,3 +102,19 @@ def test_each_is_the_best_in_its_own_norm(problem: tuple[torch.Tensor, torch.Ten
     for best, norm in norms.items():
         errors = {f: gram_norm(W - f(W, inputs, RATIO).product, norm) for f in norms}
         assert min(errors, key=errors.__getitem__) is best
+
+
+def test_mpifa_solves_one_factor_after_the_other_on_the_compressed_stream() -> None:
+    generator = torch.Generator().manual_seed(4)
+    m, n, rank = 14, 9, 4
+    W = torch.randn(m, n, generator=generator).double()
+    dense = torch.randn(60, n, generator=generator).double()
+    x = dense + 0.2 * torch.randn(60, n, generator=generator)
+    gram, drift = x.T @ x / 60, (dense - x).T @ x / 60
+    # The paper's steps on the data themselves.
+    root = torch.linalg.cholesky(gram)
+    right = torch.linalg.svd(W @ root).Vh[:rank] @ torch.linalg.inv(root)
+    wanted = (0.25 * dense + 0.75 * x) @ W.T
+    left = torch.linalg.lstsq(x @ right.T, wanted).solution.T
+    right = torch.linalg.lstsq(left, (torch.linalg.pinv(x) @ wanted).T).solution
+    torch.testing.assert_close(reconstruct(W, gram, drift, rank), left @ right)
