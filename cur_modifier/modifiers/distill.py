@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from cur_modifier.factored import CURLinear, FactoredLinear, answering_dense
 from cur_modifier.modifiers import upstream
+from cur_modifier.modifiers.streams import frozen
 from cur_modifier.modifiers.training import digest, inverse_root
 
 __all__ = ["Distillation", "Loss", "Moments", "Sample", "collect_samples"]
@@ -158,10 +159,7 @@ class Distillation:
             self._device = stack.enter_context(
                 upstream.training_forward(self._model, logits=self._logits)
             )
-            for parameter in self._model.parameters():
-                if parameter.requires_grad:
-                    parameter.requires_grad_(False)
-                    stack.callback(parameter.requires_grad_, True)
+            stack.enter_context(frozen(self._model))
             for name, container in self._containers.items():
                 factor = container.factors[self._free(name)]
                 self.values[name] = factor.weight.detach().to(self._device)

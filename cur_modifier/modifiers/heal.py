@@ -24,6 +24,7 @@ from cur_modifier.modifiers.cur import CURModifier
 from cur_modifier.modifiers.distill import Distillation, Moments, Sample, collect_samples
 from cur_modifier.modifiers.layers import decoder_layers
 from cur_modifier.modifiers.training import (
+    DIVERGED,
     Checkpoint,
     Coordinates,
     History,
@@ -38,8 +39,6 @@ from cur_modifier.tracking.figures import loss_curve
 
 __all__ = ["CURHealModifier"]
 
-# A validation loss this many times that of step 0 is a divergence.
-DIVERGED = 4.0
 # Stagnation far above zero: the second half of the run gains less than this share ...
 LEAST_GAIN = 0.02
 # ... of a loss above this, a relative squared distance of 1 %.

@@ -19,6 +19,7 @@ from cur_modifier.linalg import gram_sqrt
 from cur_modifier.modifiers.config import RefineConfig
 from cur_modifier.modifiers.streams import LayerStreams
 from cur_modifier.modifiers.training import (
+    DIVERGED,
     Coordinates,
     Plateau,
     batch_at,
@@ -28,8 +29,6 @@ from cur_modifier.modifiers.training import (
 
 __all__ = ["Refinement", "Surroundings", "factor_metrics", "refine_layer"]
 
-# A held-out loss this many times that before the first step is a divergence.
-DIVERGED = 4.0
 _WARMUP = 0.05  # share of the steps
 
 
@@ -90,7 +89,8 @@ def refine_layer(
     train, held_out = split(len(windows), config.validation_share, seed)
     trained = _trained(layer, containers, surroundings, config)
     root = gram_sqrt(metric).float().to(streams.device)
-    steps = config.epochs * max(1, len(train) // config.batch_size)
+    epoch = max(1, len(train) // config.batch_size)
+    steps = config.epochs * epoch
     groups = [{"params": [t.coordinates.D], "unit": t.coordinates.unit} for t in trained]
     optimizer = torch.optim.Adam(groups, lr=config.learning_rate, betas=(0.9, 0.95))
 
@@ -107,7 +107,6 @@ def refine_layer(
         with torch.no_grad():
             return math.fsum(float(loss(window)) for window in held_out) / len(held_out)
 
-    epoch = max(1, len(train) // config.batch_size)
     with _answering(trained):
         result = Refinement(before=validate(), after=math.nan)
         plateau = Plateau(patience=config.epochs, best=result.before)
@@ -126,6 +125,9 @@ def refine_layer(
                     part.backward()
                 total += float(part.detach())
             result.train.append(total)
+            if not math.isfinite(total):
+                reached = math.nan
+                break
             for one in trained:
                 one.coordinates.pull_gradient()
             optimizer.step()

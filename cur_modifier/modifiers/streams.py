@@ -168,7 +168,7 @@ class LayerStreams:
         """Go on to the next layer, the compressed stream through the layer as it is now."""
         with self.precision():
             for index, batch in enumerate(self.batches):
-                with self._settled_parts(index):
+                with self._settled_parts(index, keep=False):
                     out = self.forward(batch.compressed, index)
                 batch.compressed = out.to(batch.compressed.dtype)
                 batch.dense = dense_outputs[index]
@@ -201,8 +201,9 @@ class LayerStreams:
             handle.remove()
 
     @contextmanager
-    def _settled_parts(self, index: int) -> Iterator[None]:
-        """Parts of the layer whose modules are all fitted run once for each batch.
+    def _settled_parts(self, index: int, *, keep: bool = True) -> Iterator[None]:
+        """Parts of the layer whose modules are all fitted run once for each batch; with ``keep``
+        those that run are kept for the passes to come.
 
         Attention is a third of a pass, and every group of modules behind it takes a pass.
         """
@@ -214,9 +215,9 @@ class LayerStreams:
                 answers = self._settled.setdefault(part, {})
                 if index in answers:
                     stack.enter_context(patch_attr(part, "forward", _answering(answers[index])))
-                else:
-                    keep = _keeping(answers, index)
-                    stack.callback(part.register_forward_hook(keep).remove)
+                elif keep:
+                    hook = part.register_forward_hook(_keeping(answers, index))
+                    stack.callback(hook.remove)
             yield
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 __all__ = [
+    "DIVERGED",
     "Checkpoint",
     "Coordinates",
     "History",
@@ -29,6 +30,10 @@ __all__ = [
     "split",
     "warmup_cosine",
 ]
+
+
+# A held-out loss this many times that before the first step is a divergence.
+DIVERGED = 4.0
 
 
 def warmup_cosine(step: int, *, steps: int, warmup: int) -> float:
