@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from cur_modifier.factored import CURLinear, FactoredLinear, answering_dense
 from cur_modifier.modifiers import upstream
-from cur_modifier.modifiers.streams import frozen
+from cur_modifier.modifiers.streams import frozen, replaced_forward
 from cur_modifier.modifiers.training import digest, inverse_root
 
 __all__ = ["Distillation", "Loss", "Moments", "Sample", "collect_samples"]
@@ -163,7 +163,9 @@ class Distillation:
             for name, container in self._containers.items():
                 factor = container.factors[self._free(name)]
                 self.values[name] = factor.weight.detach().to(self._device)
-                stack.enter_context(_forward_of(factor, self._answer(name, factor.weight.dtype)))
+                stack.enter_context(
+                    replaced_forward(factor, self._answer(name, factor.weight.dtype))
+                )
             self._stack = stack.pop_all()
         return self
 
@@ -266,7 +268,7 @@ class Distillation:
             if entering is not None:
                 state = entering.to(self._device, self._dtype)
                 for layer in self._layers[: self._first if skip is None else skip]:
-                    stack.enter_context(_forward_of(layer, self._passing(state)))
+                    stack.enter_context(replaced_forward(layer, self._passing(state)))
             stack.enter_context(self._products())
             return self._model(**inputs)
 
@@ -390,18 +392,3 @@ class _Watch:
         rows = x.detach().float().flatten(0, -2)
         # An expert sees a choice of the tokens, not the window.
         return rows[self._real] if len(rows) == len(self._real) else rows
-
-
-@contextmanager
-def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """``module`` with another forward, hooks and all."""
-    instance = vars(module)
-    before = instance.get("forward")
-    instance["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del instance["forward"]
-        else:
-            instance["forward"] = before

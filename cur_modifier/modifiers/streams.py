@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.utils import patch_attr
 from torch import nn
 
 from cur_modifier.factored import FactoredLinear
 from cur_modifier.linalg import PairedMoments
 
-__all__ = ["LayerStreams", "frozen"]
+__all__ = ["LayerStreams", "frozen", "replaced_forward"]
 
 
 class _ReachedError(Exception):
@@ -214,7 +213,7 @@ class LayerStreams:
                     continue
                 answers = self._settled.setdefault(part, {})
                 if index in answers:
-                    stack.enter_context(patch_attr(part, "forward", _answering(answers[index])))
+                    stack.enter_context(replaced_forward(part, _answering(answers[index])))
                 elif keep:
                     hook = part.register_forward_hook(_keeping(answers, index))
                     stack.callback(hook.remove)
@@ -273,7 +272,7 @@ class LayerStreams:
 
         with ExitStack() as stack:
             for layer in self._layers:
-                stack.enter_context(patch_attr(layer, "forward", passing(layer)))
+                stack.enter_context(replaced_forward(layer, passing(layer)))
             with suppress(_ReachedError):
                 self._model(**inputs)
         mask = inputs.get("attention_mask")
@@ -313,3 +312,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` with another forward, hooks and all.
+
+    What stood on the instance stands there again afterwards, and nothing else: restoring a bound
+    method as an attribute would hide the class's own from then on.
+    """
+    instance = vars(module)
+    before = instance.get("forward")
+    instance["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del instance["forward"]
+        else:
+            instance["forward"] = before
