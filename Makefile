@@ -32,7 +32,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint lint-style lint-format lint-types lint-imports bench-factorize \
-	bench-quality clean $(COMPRESS) $(SERVE)
+	bench-quality bench-stacking clean $(COMPRESS) $(SERVE)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[^\t#:]+:.*## / { sub(/\$$\(COMPRESS\)/, "$(COMPRESS)", $$1); \
@@ -67,6 +67,9 @@ bench-quality: $(COMPRESS_READY) ## measure perplexity at a given size, ours and
 	$(COMPRESS)/bin/python mlflow_projects/bench/quality $(if $(METHODS),--methods '$(METHODS)') \
 		$(if $(RATIOS),--ratios '$(RATIOS)') $(if $(CALIB),--calibrations '$(CALIB)') \
 		$(if $(DATA),--data '$(DATA)')
+
+bench-stacking: $(COMPRESS_READY) ## bytes on disk against perplexity: GPTQ alone, and factored + GPTQ (DATA=)
+	$(COMPRESS)/bin/python mlflow_projects/bench/stacking.py $(if $(DATA),--data '$(DATA)')
 
 $(COMPRESS): $(COMPRESS_READY) ## the environment that compresses: llm-compressor, MLflow, the linters
 

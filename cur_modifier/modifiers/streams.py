@@ -10,8 +10,8 @@ arguments that the model gave them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class LayerStreams:
         self._layers = layers
         self.device = device
         self.depth = 0
-        self._settled: dict[nn.Module, dict[int, Any]] = {}  # a part's outputs by batch
+        self._ends: list[_End] = []
         self.batches: list[_Batch] = []
         for batch in batches:
             inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -132,7 +132,9 @@ class LayerStreams:
                 stack.callback(module.register_forward_pre_hook(watch(name)).remove)
             stack.enter_context(self.precision())
             for index, batch in enumerate(self.batches):
-                outputs.append(self.forward(batch.dense, index).to(batch.dense.dtype))
+                with self._found_ends() if index == 0 else nullcontext():
+                    out = self.forward(batch.dense, index)
+                outputs.append(out.to(batch.dense.dtype))
                 previous[0] = None
         return outputs, inputs, groups
 
@@ -145,9 +147,8 @@ class LayerStreams:
         Where the two see different tokens (an expert that routing reaches differently), the dense
         ones are left out: the module is then not anchored.
 
-        Cost: a pass through the layer from its last settled part up to ``module``, and that of
-        :class:`PairedMoments`; memory the outputs of settled parts (attention, once it is factored)
-        for all tokens.
+        Cost: a pass through the layer from the last part that is settled up to ``module``, and that
+        of :class:`PairedMoments`; memory one tensor a token for every part of the layer.
         """
         moments = PairedMoments(features, device=dense_inputs[0].device if dense_inputs else None)
         for index, x in self._inputs_of(module):
@@ -167,16 +168,18 @@ class LayerStreams:
         """Go on to the next layer, the compressed stream through the layer as it is now."""
         with self.precision():
             for index, batch in enumerate(self.batches):
-                with self._settled_parts(index, keep=False):
+                with self._settled_parts(index):
                     out = self.forward(batch.compressed, index)
                 batch.compressed = out.to(batch.compressed.dtype)
                 batch.dense = dense_outputs[index]
         self.depth += 1
-        self.unsettle()
+        self._ends.clear()
 
     def unsettle(self) -> None:
-        """Forget what parts of the layer have answered: their factors are going to change."""
-        self._settled.clear()
+        """Forget what the compressed stream made of the layer: its factors are going to change."""
+        for end in self._ends:
+            end.inputs.clear()
+            end.outputs.clear()
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -200,22 +203,48 @@ class LayerStreams:
             handle.remove()
 
     @contextmanager
-    def _settled_parts(self, index: int, *, keep: bool = True) -> Iterator[None]:
-        """Parts of the layer whose modules are all fitted run once for each batch; with ``keep``
-        those that run are kept for the passes to come.
+    def _found_ends(self) -> Iterator[None]:
+        """Find the parts of the layer that answer with what one of their Linears answers."""
+        self._ends.clear()
+        answers: list[tuple[nn.Module, torch.Tensor, int]] = []
 
-        Attention is a third of a pass, and every group of modules behind it takes a pass.
-        """
+        def answered(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
+            answers.append((module, out, out._version))
+
+        def left(part: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            first, *others = out if isinstance(out, tuple) else (out,)
+            ends = [
+                m for m, answer, as_of in answers if answer is first and as_of == first._version
+            ]
+            once = len(ends) == 1 and sum(m is ends[0] for m, _, _ in answers) == 1
+            if once and all(other is None for other in others):
+                rest = (None,) * len(others) if isinstance(out, tuple) else None
+                self._ends.append(_End(part, ends[0], rest))
+
         with ExitStack() as stack:
             for part in self.layer.children():
-                factored = [m for m in part.modules() if isinstance(m, FactoredLinear)]
-                if not factored or any(m.dense is not None for m in factored):
-                    continue
-                answers = self._settled.setdefault(part, {})
-                if index in answers:
-                    stack.enter_context(replaced_forward(part, _answering(answers[index])))
-                elif keep:
-                    hook = part.register_forward_hook(_keeping(answers, index))
+                for module in part.modules():
+                    if module is not part and isinstance(module, nn.Linear | FactoredLinear):
+                        stack.callback(module.register_forward_hook(answered).remove)
+                stack.callback(part.register_forward_hook(left).remove)
+            yield
+
+    @contextmanager
+    def _settled_parts(self, index: int) -> Iterator[None]:
+        """Parts of the layer are run once for each batch as far as they are fitted.
+
+        Attention is the larger half of a pass, and every group of modules behind it takes a pass.
+        What the last Linear of attention read is what was there when it was fitted itself: from
+        then on its own product is all that is left to do.
+        """
+        with ExitStack() as stack:
+            for end in self._ends:
+                if index in end.inputs and _fitted(end.module):
+                    end.outputs[index] = end.module(end.inputs.pop(index))
+                if index in end.outputs:
+                    stack.enter_context(replaced_forward(end.part, end.answering(index)))
+                elif all(_fitted(m) for m in end.part.modules() if m is not end.module):
+                    hook = end.module.register_forward_pre_hook(end.keeping(index), prepend=True)
                     stack.callback(hook.remove)
             yield
 
@@ -281,15 +310,34 @@ class LayerStreams:
         return _Batch(first[0], first[0], arguments, real=mask.bool())
 
 
-def _answering(answer: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: answer
+@dataclass
+class _End:
+    """A part of a layer that answers with what its last Linear ``module`` answers.
+
+    Attributes:
+        rest: what follows it in the part's tuple of answers; None where it answers a tensor.
+        inputs, outputs: the module's, in the compressed stream, by batch.
+    """
+
+    part: nn.Module
+    module: nn.Module
+    rest: tuple[None, ...] | None
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def keeping(self, index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self.inputs[index] = args[0]
+
+        return hook
+
+    def answering(self, index: int) -> Callable[..., Any]:
+        out = self.outputs[index]
+        return lambda *args, **kwargs: out if self.rest is None else (out, *self.rest)
 
 
-def _keeping(answers: dict[int, Any], index: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        answers[index] = out
-
-    return hook
+def _fitted(module: nn.Module) -> bool:
+    return not isinstance(module, FactoredLinear) or module.dense is None
 
 
 def _row(value: Any, row: int, samples: int) -> Any:

@@ -132,6 +132,9 @@ CURING = {
 # Ours: recipes/id.yaml and recipes/id_refined.yaml, at any ratio.
 ID = EVERYTHING | {"form": "id", "fit": "loss", "anchor": 0.25}
 BUDGET = {"budget": "sensitivity"}
+# The paper's setting with our fit, and its healing: recipes/cur_healed.yaml.
+CUR = CURING | {"fit": "loss", "anchor": 0.25, "rank": {"max": 256}}
+HEALING = {"CURHealModifier": {"steps": 120, "batch_size": 4, "logits_weight": 1.0}}
 
 METHODS: dict[str, Method] = {
     "dense": Method(lambda model, windows, ratio: 1.0, own_ratio=True),
@@ -142,6 +145,8 @@ METHODS: dict[str, Method] = {
     "curing": by_recipe(CURING),
     "curing-full": by_matrix("curing"),
     "mpifa": by_function("mpifa", "mpifa"),
+    "cur": by_recipe(CUR),
+    "cur-healed": by_recipe(CUR, HEALING),
     "id-gram": by_recipe(EVERYTHING | {"form": "id", "fit": "gram"}),
     "id-uniform": by_recipe(ID),
     "id": by_recipe(ID, rank=BUDGET),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ def key(row: Row) -> tuple[str, float | None, str]:
     return row["method"], row["ratio"], row["calibration"]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, key: Callable[[Row], object] = key) -> list[Row]:
     """The rows in a file, none where there is no file.
+
+    Args:
+        key: what a row measures.
 
     Raises:
         ValueError: the file holds something else.
@@ -40,12 +43,12 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def put_row(path: Path, row: Row) -> None:
+def put_row(path: Path, row: Row, key: Callable[[Row], object] = key) -> None:
     """Add a row in place of an earlier one that measured the same.
 
     Written under a temporary name and renamed: an interrupted run leaves the file as it was.
     """
-    rows = [other for other in read_rows(path) if key(other) != key(row)] + [row]
+    rows = [other for other in read_rows(path, key) if key(other) != key(row)] + [row]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(rows, indent=2) + "\n")

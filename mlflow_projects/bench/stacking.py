@@ -1,0 +1,286 @@
+"""Bytes on disk against perplexity: quantized alone, and factored and quantized.
+
+    python mlflow_projects/bench/stacking.py --ratios 0.9,0.8 --bits 8,4,3,2
+
+Each point is a recipe run by ``recipes/run.py``: compressed in bfloat16, saved, and the checkpoint
+loaded with ``from_pretrained`` in float32 for its perplexity. SmolLM2-135M-Instruct, calibrated on
+the first 64 windows of 1024 tokens of WikiText-2's validation text, evaluated on the first 24 of
+its test text. *Bytes* are those of the safetensors files: factors or weights, scales, and the embedding
+in bfloat16 (57 MB, in every point). GPTQ alone takes groups of 64, the largest that divide every
+width; in factored models groups divide the ranks, and are 32.
+
+A point that exists is kept, so an interrupted run continues. The recipe and the log of every point
+stay beside the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quality.protocol import DATA, REPOSITORY, WIKI_TEST, WIKI_VALID, model_directory
+from quality.results import Row, put_row, read_rows
+
+OUTPUT = Path("bench_out/stacking.json")
+DENSE_GROUP, FACTORED_GROUP = 64, 32
+
+
+@dataclass(frozen=True)
+class Point:
+    """``ratio`` None is not factored, ``bits`` None not quantized."""
+
+    ratio: float | None
+    bits: int | None
+
+    @property
+    def group_size(self) -> int | None:
+        """Weights that share a scale."""
+        if self.bits is None:
+            return None
+        return DENSE_GROUP if self.ratio is None else FACTORED_GROUP
+
+    def __str__(self) -> str:
+        factored = "dense" if self.ratio is None else f"id-{self.ratio:g}"
+        return factored if self.bits is None else f"{factored}-{self.bits}bit"
+
+    def recipe(self) -> dict[str, Any]:
+        """The stages of the point, as in ``recipes/``."""
+        stage: dict[str, Any] = {}
+        if self.ratio is not None:
+            cur = {
+                "targets": ["re:.*(q|k|v|o|gate|up|down)_proj$"],
+                "form": "id",
+                "fit": "loss",
+                "anchor": 0.25,
+                "rank": {"ratio": self.ratio, "budget": "sensitivity"},
+                "layers": {"select": "all"},
+                "multiple_of": FACTORED_GROUP,
+                "mlflow": False,
+            }
+            stage["cur_modifiers"] = {"CURModifier": cur}
+        if self.bits is not None:
+            weights = {
+                "num_bits": self.bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": self.group_size,
+            }
+            groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+            gptq = {"ignore": ["lm_head"], "config_groups": groups}
+            stage["quantization_modifiers"] = {"GPTQModifier": gptq}
+        return {"compress_stage": stage}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what is missing, one point at a time; table and plot. 1 where a point failed."""
+    options = parse(arguments)
+    points = [Point(None, None)]
+    points += [Point(None, bits) for bits in options.bits]
+    points += [Point(ratio, bits) for bits in options.factored_bits for ratio in options.ratios]
+    known = {point_of(row) for row in read_rows(options.output, point_of)}
+    todo = [point for point in points if point not in known]
+    print(f"{len(todo)} points to measure, {len(points) - len(todo)} in {options.output} already")
+    failed = []
+    for number, point in enumerate(todo, start=1):
+        print(f"[{number}/{len(todo)}] {point}", flush=True)
+        try:
+            row = measure(point, options)
+        except RuntimeError as error:  # the others are measured all the same
+            failed.append(point)
+            print(f"    failed: {error}", flush=True)
+            continue
+        put_row(options.output, row, point_of)
+        print(f"    {row['bytes'] / 1e6:.1f} MB, perplexity {row['ppl_wikitext']:.2f}", flush=True)
+    rows = read_rows(options.output, point_of)
+    if rows:
+        figure = options.output.with_suffix(".png")
+        partial = figure.with_name(f".{os.getpid()}.{figure.name}")
+        plot(rows).savefig(partial, dpi=150)
+        os.replace(partial, figure)
+        print(f"\n{table(rows)}\n\nIn {options.output} and {figure}")
+    return 1 if failed else 0
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked before anything is compressed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bits", type=_bits, default=[8, 4, 3, 2], help="of GPTQ alone")
+    parser.add_argument("--ratios", type=_ratios, default=[0.9, 0.8, 0.7, 0.6])
+    parser.add_argument("--factored-bits", type=_bits, default=[4], help="of GPTQ on factors")
+    parser.add_argument("--data", type=Path, default=DATA, help=f"folder of the texts [{DATA}]")
+    parser.add_argument("--model", help="directory of another; needs --output")
+    parser.add_argument("--output", type=Path, help=f"JSON file of the points [{OUTPUT}]")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows [64]")
+    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens of each [1024]")
+    options = parser.parse_args(arguments)
+    missing = [file for file in (WIKI_VALID, WIKI_TEST) if not (options.data / file).is_file()]
+    if missing:
+        parser.error(
+            f"--data {options.data} lacks {', '.join(missing)}: put WikiText-2's raw texts there, "
+            "or name the folder that has them (make bench-stacking DATA=FOLDER)."
+        )
+    other = options.model or (options.samples, options.sequence_length) != (64, 1024)
+    if other and not options.output:
+        parser.error(
+            "another model or calibration without --output: its points would mix with those of "
+            "SmolLM2 under the protocol. Name a file for them."
+        )
+    options.output = options.output or OUTPUT
+    try:
+        read_rows(options.output, point_of)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def measure(point: Point, options: argparse.Namespace) -> Row:
+    """Run the point's recipe in processes of its own.
+
+    Raises:
+        RuntimeError: it failed; its log says why.
+    """
+    import yaml
+
+    kept = options.output.with_suffix("")
+    kept.mkdir(parents=True, exist_ok=True)
+    model, test = model_directory(options.model), str(options.data / WIKI_TEST)
+    log = kept / f"{point}.log"
+    if point == Point(None, None):
+        evaluate = [sys.executable, "-m", "cur_modifier.evaluate", model, "--text", test]
+        printed = json.loads(_run(evaluate, log))
+        found = printed | {"bytes": bfloat16_bytes(model), "seconds": 0}
+    else:
+        recipe = kept / f"{point}.yaml"
+        recipe.write_text(yaml.safe_dump(point.recipe(), sort_keys=False))
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint, result = Path(folder) / "checkpoint", Path(folder) / "result.json"
+            command = [
+                *(sys.executable, str(REPOSITORY / "recipes" / "run.py"), str(recipe)),
+                *("--model", model, "--calibrate", str(options.data / WIKI_VALID)),
+                *("--evaluate", test, "--output", str(checkpoint), "--results", str(result)),
+                *("--samples", str(options.samples)),
+                *("--sequence-length", str(options.sequence_length)),
+            ]
+            _run(command, log)
+            (found,) = json.loads(result.read_text())
+    return asdict(point) | {
+        "group_size": point.group_size,
+        "bytes": found["bytes"],
+        "ppl_wikitext": found["perplexity"],
+        "seconds": found["seconds"],
+    }
+
+
+def _run(command: list[str], log: Path) -> str:
+    """What a command printed; also in the log, with its messages."""
+    with log.open("w") as messages:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=messages, check=False)
+        printed = done.stdout.decode(errors="replace")
+        messages.write(printed)
+    if done.returncode:
+        raise RuntimeError(f"status {done.returncode}; see {log}")
+    return printed
+
+
+def bfloat16_bytes(model: str) -> int:
+    """Bytes of the tensors in a checkpoint's safetensors files, at 16 bits a number."""
+    from safetensors import safe_open
+
+    numbers = 0
+    for path in Path(model).glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        numbers += sum(math.prod(shape) for shape in shapes)
+    return 2 * numbers
+
+
+def point_of(row: Row) -> Point:
+    """What a row measures."""
+    return Point(row["ratio"], row["bits"])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """From large to small."""
+    lines = [f"{'':<14}{'MB':>8}{'perplexity':>12}{'seconds':>9}"]
+    for row in sorted(rows, key=lambda row: -row["bytes"]):
+        name = str(point_of(row))
+        size, perplexity = row["bytes"] / 1e6, row["ppl_wikitext"]
+        lines.append(f"{name:<14}{size:>8.1f}{perplexity:>12.2f}{row['seconds']:>9.0f}")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row]) -> Any:
+    """Perplexity (log scale) over megabytes, a line for each way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    # Okabe and Ito's palette; ways differ by marker and line as well.
+    styles = iter([("#D55E00", "s", "--"), ("#009E73", "^", ":"), ("#CC79A7", "D", "-.")])
+    ways: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["bytes"]):
+        if row["ratio"] is not None:
+            way = "row ID" + ("" if row["bits"] is None else f" + GPTQ, {row['bits']} bits")
+        else:
+            way = "dense, bfloat16" if row["bits"] is None else "GPTQ alone"
+        ways.setdefault(way, []).append(row)
+    for way, found in ways.items():
+        colour, marker, line = {
+            "dense, bfloat16": ("black", "*", "-"),
+            "GPTQ alone": ("#0072B2", "o", "-"),
+        }.get(way) or next(styles)
+        size = [row["bytes"] / 1e6 for row in found]
+        axes.plot(
+            size, [r["ppl_wikitext"] for r in found], line, color=colour, marker=marker, label=way
+        )
+        for x, row in zip(size, found, strict=True):
+            label = f"{row['bits']} bits" if row["ratio"] is None else f"{row['ratio']:g}"
+            if row["ratio"] is not None or row["bits"] is not None:
+                axes.annotate(
+                    label, (x, row["ppl_wikitext"]), xytext=(4, 5), textcoords="offset points"
+                )
+    axes.set(
+        xlabel="checkpoint on disk / MB",
+        ylabel="perplexity on WikiText-2",
+        yscale="log",
+        title="SmolLM2-135M at equal bytes",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def _bits(text: str) -> list[int]:
+    return [
+        _number(item, int, "a number of bits between 1 and 8", 1, 8) for item in text.split(",")
+    ]
+
+
+def _ratios(text: str) -> list[float]:
+    return [_number(item, float, "a ratio between 0 and 1", 0, 1) for item in text.split(",")]
+
+
+def _number(item: str, kind: type, what: str, low: float, high: float) -> Any:
+    try:
+        value = kind(item)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{item!r} is not {what}.")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Both models side by side: what a layer's modules read, and how often its parts are run for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cur_modifier.factored import FactoredLinear, InterpolativeLinear
+from cur_modifier.linalg import interpolative
+
+pytest.importorskip("llmcompressor")
+
+from cur_modifier.modifiers.streams import LayerStreams
+
+BATCHES = 3
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def factor_in_place(model: nn.Module) -> dict[str, FactoredLinear]:
+    """A row ID for every projection of every layer, which answers with its dense weight."""
+    found: dict[str, FactoredLinear] = {}
+    for name, linear in list(model.model.layers.named_modules()):
+        if isinstance(linear, nn.Linear):
+            container = InterpolativeLinear(linear.in_features, linear.out_features, 4)
+            container.stand_in(linear)
+            parent, _, child = name.rpartition(".")
+            setattr(model.model.layers.get_submodule(parent), child, container)
+            found[name] = container
+    return found
+
+
+def fit(container: FactoredLinear) -> None:
+    container.load_factors(interpolative(container.dense.weight.detach(), container.rank))
+
+
+@contextmanager
+def calls(modules: dict[str, nn.Module]) -> Iterator[Counter[str]]:
+    counted: Counter[str] = Counter()
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda *_: counted.update([name])
+
+    hooks = [m.register_forward_hook(count(name)) for name, m in modules.items()]
+    try:
+        yield counted
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def streams_of(model: nn.Module) -> LayerStreams:
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        {"input_ids": torch.randint(0, 64, (2, 10), generator=generator)} for _ in range(BATCHES)
+    ]
+    return LayerStreams(model, list(model.model.layers), batches, torch.device("cpu"))
+
+
+def moments_of_a_layer(
+    streams: LayerStreams, containers: dict[str, FactoredLinear], forget: Callable[[], Any]
+) -> dict[str, torch.Tensor]:
+    """Fit a layer as the stage does, group by group."""
+    here = {n: c for n, c in containers.items() if n.startswith(f"{streams.depth}.")}
+    outputs, inputs, groups = streams.run_dense(here)
+    assert [len(group) for group in groups] == [3, 1, 2, 1]
+    grams = {}
+    for group in groups:
+        forget()
+        first = here[group[0]]
+        moments = streams.moments(first, inputs[group[0]], first.in_features)
+        grams[group[0]] = torch.stack(moments.moments())
+        for name in group:
+            fit(here[name])
+    forget()
+    streams.advance(outputs)
+    return grams
+
+
+def test_nothing_is_run_twice_for_one_layer(model: nn.Module) -> None:
+    containers = factor_in_place(model)
+    streams = streams_of(model)
+    with torch.no_grad(), calls(containers) as counted:
+        moments_of_a_layer(streams, containers, forget=lambda: None)
+    # Once in the dense stream, once in the compressed one.
+    assert counted == {name: 2 * BATCHES for name in containers if name.startswith("0.")}
+
+
+def test_parts_that_are_not_run_again_answer_the_same(model: nn.Module) -> None:
+    import copy
+
+    plain = copy.deepcopy(model)
+    found = []
+    for each, replayed in ((model, True), (plain, False)):
+        containers = factor_in_place(each)
+        streams = streams_of(each)
+        forget = (lambda: None) if replayed else streams._ends.clear
+        layers = [moments_of_a_layer(streams, containers, forget) for _ in range(2)]
+        found.append((layers, [batch.compressed for batch in streams.batches]))
+    (grams, hidden), (expected, expected_hidden) = found
+    for got, wanted in zip(grams, expected, strict=True):
+        assert got.keys() == wanted.keys()
+        for name in got:
+            torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=0)
+    torch.testing.assert_close(hidden, expected_hidden, rtol=0, atol=0)
+
+
+def test_a_part_that_does_more_behind_its_last_linear_is_run_whole(model: nn.Module) -> None:
+    layer = model.model.layers[0]
+    whole = layer.self_attn.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        out, weights = whole(*args, **kwargs)
+        return out.mul_(2), weights  # the same tensor, with other numbers
+
+    layer.self_attn.forward = scaled
+    containers = factor_in_place(model)
+    streams = streams_of(model)
+    with torch.no_grad():
+        streams.run_dense({n: c for n, c in containers.items() if n.startswith("0.")})
+    assert [end.module for end in streams._ends] == [layer.mlp.down_proj]
