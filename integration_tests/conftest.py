@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,14 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from loguru import logger
 from support import NO_PROCESSOR, REPOSITORY, Compress, load_script, recipe_text
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import cur_modifier  # noqa: F401 - registers the stage and the quantizer
 from cur_modifier.data import calibration_dataset
@@ -153,3 +162,50 @@ def compress(tiny_data: Dataset) -> Compress:
         return oneshot(model=model, recipe=recipe, **kwargs)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def bench_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the benchmarks: a Llama with random weights, biases and grouped-query attention, whose
+    widths are multiples of 64 where they are inputs; a token is a byte."""
+    path = tmp_path_factory.mktemp("bench") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bench_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random letters under the names of the benchmarks' texts, as many as protocol P needs."""
+    folder = tmp_path_factory.mktemp("data")
+    draw = random.Random(0)
+
+    def text(length: int, letters: str) -> str:
+        return "".join(draw.choices(letters, k=length))
+
+    (folder / "wikitext2-raw").mkdir()
+    (folder / "wikitext2-raw" / "wiki.test.raw").write_text(text(25_000, "test"))
+    (folder / "wikitext2-raw" / "wiki.valid.raw").write_text(
+        text(70_000, "calibrate") + text(70_000, "HELD OUT")
+    )
+    (folder / "c4").mkdir()
+    documents = [text(140, "first" if i < 500 else "LAST") for i in range(1000)]
+    (folder / "c4" / "c4_en_train_first1000.jsonl").write_text(
+        "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    )
+    return folder

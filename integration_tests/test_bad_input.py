@@ -88,6 +88,10 @@ def test_refused_before_calibration(
         ({"form": "svd"}, "'cur' or 'id'"),
         ({"fit": "hessian"}, "'gram', 'diag' or 'weight'"),
         ({"form": "id", "scores": "gram"}, "scores 'gram' guide a selection"),
+        (
+            {"selection": "greedy", "scores": "wanda"},
+            "scores 'wanda' mean nothing to selection 'greedy'",
+        ),
         ({"layers": {"select": "first"}}, "unknown layer selection 'first'"),
         ({"layers": {"select": "all", "count": 3}}, "count 3 has no meaning"),
         ({"target": ["q_proj"]}, "Extra inputs are not permitted"),

@@ -15,6 +15,7 @@ from cur_modifier.linalg.gram import (
     gram_sqrt,
     shrunk,
 )
+from cur_modifier.linalg.greedy import greedy
 from cur_modifier.linalg.joint import apportion, skeleton_shares, split_rows
 from cur_modifier.linalg.rank import (
     Form,
@@ -65,6 +66,7 @@ __all__ = [
     "energy_rank",
     "gram_norm",
     "gram_sqrt",
+    "greedy",
     "interpolative",
     "leading_subspace",
     "leverage_sampled",

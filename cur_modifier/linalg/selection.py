@@ -17,6 +17,8 @@ from cur_modifier.linalg.checks import (
     require_matrix,
     require_rank,
 )
+from cur_modifier.linalg.gram import gram_sqrt
+from cur_modifier.linalg.greedy import greedy
 from cur_modifier.linalg.subspace import is_small, leading_subspace, sketched_row_basis
 
 __all__ = [
@@ -39,6 +41,7 @@ class Selection(StrEnum):
     QDEIM = "qdeim"
     LEVERAGE = "leverage"
     LEVERAGE_SAMPLED = "leverage_sampled"
+    GREEDY = "greedy"
     NORM = "norm"
     RANDOM = "random"
 
@@ -114,11 +117,17 @@ def random(length: int, count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(length, generator=generator)[:count]
 
 
-_GREEDY = {Selection.DEIM: deim, Selection.QDEIM: qdeim}
+_BY_PIVOTS = {Selection.DEIM: deim, Selection.QDEIM: qdeim}
 
 
 def select_rows_and_columns(
-    kind: Selection, scored: torch.Tensor, rank: int, *, seed: int = 0
+    kind: Selection,
+    scored: torch.Tensor,
+    rank: int,
+    *,
+    seed: int = 0,
+    gram: torch.Tensor | None = None,
+    outputs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``rank`` row and ``rank`` column indices of a scored matrix ``(m, n)``.
 
@@ -128,9 +137,18 @@ def select_rows_and_columns(
     take the columns from a sketch of the row space, and then the rows from an orthonormal basis of
     those very columns: one pass over the matrix, and rows that fit the columns they will meet.
 
+    ``greedy`` adds the row, and the column, that lowers ``‖H^{1/2} (A − Â) G^{1/2}‖_F`` of the
+    matrix ``A`` most, and has no use for scores.
+
+    Args:
+        seed: of ``random``, ``leverage_sampled`` and the sketches.
+        gram: ``G (n, n)`` or its diagonal ``(n,)``, for ``greedy``.
+        outputs: ``H (m, m)`` or its diagonal ``(m,)``, for ``greedy``.
+
     Cost: one :func:`~cur_modifier.linalg.subspace.leading_subspace` and two selections on it;
     ``2 m n r`` flops and two QR of ``(m, r)`` and ``(n, r)`` for ``deim`` and ``qdeim`` on a large
-    matrix; ``m n`` for ``norm`` and nothing for ``random``.
+    matrix; two roots and two :func:`~cur_modifier.linalg.greedy.greedy` for ``greedy``; ``m n``
+    for ``norm`` and nothing for ``random``.
 
     Source: Sorensen and Embree 2016 (singular vectors); Dong and Martinsson 2023 (columns from a
     sketch, rows from the columns).
@@ -147,20 +165,31 @@ def select_rows_and_columns(
     if kind is Selection.RANDOM:
         rows, columns = random(m, rank, generator), random(n, rank, generator)
         return rows.to(scored.device), columns.to(scored.device)
+    if kind is Selection.GREEDY:
+        by_rows, by_columns = _rooted(scored, gram), _rooted(scored.mT, outputs)
+        return greedy(by_rows, rank, outputs), greedy(by_columns, rank, gram)
     if kind is Selection.NORM:
         return norm(scored, rank), norm(scored.mT, rank)
-    if kind in _GREEDY and not is_small(m, n, rank):
-        greedy = _GREEDY[kind]
-        columns = greedy(_aligned(sketched_row_basis(scored, rank, generator)))
-        return greedy(_aligned(torch.linalg.qr(scored[:, columns]).Q)), columns
+    if kind in _BY_PIVOTS and not is_small(m, n, rank):
+        pivots = _BY_PIVOTS[kind]
+        columns = pivots(_aligned(sketched_row_basis(scored, rank, generator)))
+        return pivots(_aligned(torch.linalg.qr(scored[:, columns]).Q)), columns
     subspace = leading_subspace(scored, rank, generator=generator)
     match kind:
         case Selection.DEIM | Selection.QDEIM:
-            return _GREEDY[kind](subspace.U), _GREEDY[kind](subspace.V)
+            return _BY_PIVOTS[kind](subspace.U), _BY_PIVOTS[kind](subspace.V)
         case Selection.LEVERAGE:
             return leverage_top(subspace.U), leverage_top(subspace.V)
         case Selection.LEVERAGE_SAMPLED:
             return leverage_sampled(subspace.U, generator), leverage_sampled(subspace.V, generator)
+
+
+def _rooted(A: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """``A M^{1/2}``."""
+    if moment is None:
+        return A
+    root = gram_sqrt(moment)
+    return A.double() * root if root.ndim == 1 else A.double() @ root
 
 
 def _aligned(V: torch.Tensor) -> torch.Tensor:

@@ -151,7 +151,8 @@ class CURModifier(Modifier):
     :param ignore: modules to leave dense although a target matches
     :param form: ``cur`` (real rows and columns) or ``id`` (row interpolative decomposition)
     :param scores: what a row or column is worth to the selection; ``wanda`` for CUR
-    :param selection: how rows and columns are picked; ``deim`` for CUR. A row ID without a
+    :param selection: how rows and columns are picked; ``deim`` for CUR. ``greedy`` picks those that
+        lower the error in the norm of the fit most, and takes no scores. A row ID without a
         selection is the compact form of the optimal approximation
     :param share_skeleton: factor the targets that read one tensor (q, k and v; gate and up) as one
         row ID ``[W_q; W_k; W_v]`` whose skeleton they share, with one rank, that of the stacked
@@ -212,6 +213,11 @@ class CURModifier(Modifier):
                 f"scores '{self.scores}' guide a selection, and form 'id' without one takes the "
                 "optimal approximation. Give `selection` as well (e.g. qdeim), or drop `scores`."
             )
+        if self.selection is Selection.GREEDY and self.scores is not None:
+            raise ValueError(
+                f"scores '{self.scores}' mean nothing to selection 'greedy', which weighs rows and "
+                "columns in the norm of the fit. Drop `scores`, or choose another selection."
+            )
         if self.share_skeleton and (self.form is not Form.ID or self.selection is not None):
             given = f"selection '{self.selection}'" if self.form is Form.ID else "form 'cur'"
             raise ValueError(
@@ -241,7 +247,7 @@ class CURModifier(Modifier):
         scores, selection = self.scores, self.selection
         if self.form is Form.CUR:
             selection = selection or Selection.DEIM
-        if selection is not None:
+        if selection is not None and selection is not Selection.GREEDY:
             scores = scores or Score.WANDA
         return Recipe(form=self.form, scores=scores, selection=selection, fit=self.fit)
 
@@ -344,8 +350,11 @@ class CURModifier(Modifier):
 
     def _check_data(self, batches: Any) -> None:
         reasons = []
-        if self.recipe.needs_activations:
-            reasons.append(f"scores '{self.recipe.scores}' with fit '{self.fit}'")
+        scores = self.recipe.scores
+        if scores is not None and scores.needs_activations:
+            reasons.append(f"scores '{scores}'")
+        if self.fit.needs_activations:
+            reasons.append(f"fit '{self.fit}'")
         if self.layers.select == "angular":
             reasons.append("layers selected by angular distance")
         if self.rank.energy is not None and self.fit.needs_activations:
@@ -490,7 +499,7 @@ class CURModifier(Modifier):
             candidate = waiting.candidate
             by_layer.setdefault(candidate.layer, {})[candidate.name] = waiting
         last = max(by_layer, default=-1)
-        with upstream.training_forward(model, logits=False) as device, frozen(model):
+        with upstream.evaluation_forward(model, logits=False) as device, frozen(model):
             samples = [sample.inputs for sample in collect_samples(batches)]
             streams = LayerStreams(model, [layer for _, layer in layers], samples, device)
             for index in tqdm(range(last + 1), desc="Factoring layers", disable=last < 0):

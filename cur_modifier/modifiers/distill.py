@@ -157,7 +157,7 @@ class Distillation:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._device = stack.enter_context(
-                upstream.training_forward(self._model, logits=self._logits)
+                upstream.evaluation_forward(self._model, logits=self._logits)
             )
             stack.enter_context(frozen(self._model))
             for name, container in self._containers.items():

@@ -34,7 +34,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a weight becomes factors. ``selection`` None is a row ID of the optimal approximation."""
+    """How a weight becomes factors. ``selection`` None is a row ID of the optimal approximation;
+    only that and a greedy selection go without scores."""
 
     form: Form
     scores: Score | None
@@ -89,9 +90,11 @@ def factorize(
     if recipe.selection is None:
         wanted = W if target is None else target.to(W)
         return interpolative(wanted, rank, gram, noise=noise, outputs=outputs, blocks=blocks)
-    assert recipe.scores is not None
-    scored = score(recipe.scores, W, second_moment)
-    rows, columns = select_rows_and_columns(recipe.selection, scored, rank, seed=seed)
+    # A greedy selection looks at the weight itself, in the norm of the fit.
+    scored = W if recipe.scores is None else score(recipe.scores, W, second_moment)
+    rows, columns = select_rows_and_columns(
+        recipe.selection, scored, rank, seed=seed, gram=gram, outputs=outputs
+    )
     if recipe.form is Form.ID:
         return interpolative(W, rank, gram, rows=rows, noise=noise, target=target)
     return cur(W, rows, columns, gram, outputs=outputs, target=target)

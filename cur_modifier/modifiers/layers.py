@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.config import LayersConfig
+from cur_modifier.modifiers.training import half_products
 
 __all__ = ["choose_layers", "decoder_layers", "survey"]
 
@@ -97,7 +98,7 @@ def survey(
         averaged over the samples (Men et al. 2024, as used by CURing), and for every watched
         module the mean square ``(n,)`` of its inputs.
 
-    Cost: one forward pass; memory ``n`` numbers a watched module.
+    Cost: one forward pass, its products in half precision; memory ``n`` numbers a watched module.
 
     Raises:
         ValueError: a hidden state is not finite, naming the layer.
@@ -132,7 +133,9 @@ def survey(
         return hook
 
     with ExitStack() as stack:
-        device = stack.enter_context(upstream.calibration_forward(model))
+        device = stack.enter_context(upstream.evaluation_forward(model, logits=False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(half_products(next(model.parameters()).dtype, device))
         for index, layer in enumerate(layers):
             handle = layer.register_forward_hook(watch_layer(index), with_kwargs=True)
             stack.callback(handle.remove)

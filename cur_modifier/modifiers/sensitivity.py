@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from cur_modifier.linalg import GramAccumulator, curvature_spectrum
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.streams import frozen
-from cur_modifier.modifiers.training import digest
+from cur_modifier.modifiers.training import digest, half_products
 
 __all__ = ["Sensitivity", "fingerprint", "load_or_measure"]
 
@@ -154,7 +154,7 @@ def measure(
 
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
-        device = stack.enter_context(upstream.training_forward(model, logits=True))
+        device = stack.enter_context(upstream.evaluation_forward(model, logits=True))
         stack.enter_context(frozen(model))
         stack.enter_context(torch.enable_grad())
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -169,9 +169,7 @@ def measure(
         for batch in tqdm(batches, desc="Measuring sensitivities"):
             latest.clear()
             inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            dtype = next(model.parameters()).dtype
-            half = torch.autocast(device.type, torch.bfloat16)
-            with half if dtype is torch.float32 else nullcontext():
+            with half_products(next(model.parameters()).dtype, device):
                 logits = model(**inputs).logits
             _loss(logits, inputs.get("attention_mask"), generator).backward()
     found = {name: metric.result(name) for name, metric in metrics.items()}

@@ -45,7 +45,7 @@ def joined(
 
     by_name = {c.name: c for c in candidates}
     with ExitStack() as stack:
-        device = stack.enter_context(upstream.calibration_forward(model))
+        device = stack.enter_context(upstream.evaluation_forward(model, logits=False))
         stack.enter_context(torch.no_grad())
         for name in by_name:
             hook = model.get_submodule(name).register_forward_pre_hook(watch(name))

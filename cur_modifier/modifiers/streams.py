@@ -19,6 +19,7 @@ from torch import nn
 
 from cur_modifier.factored import FactoredLinear
 from cur_modifier.linalg import PairedMoments
+from cur_modifier.modifiers.training import half_products
 
 __all__ = ["LayerStreams", "frozen", "replaced_forward"]
 
@@ -79,14 +80,8 @@ class LayerStreams:
         return self._layers[self.depth]
 
     def precision(self) -> torch.autocast:
-        """The precision of the passes: half, where float32 models run their products in bfloat16.
-
-        Three times as fast on CPUs and GPUs with bfloat16 units; moments and factors are float32 or
-        wider all the same.
-        """
-        dtype = self.batches[0].dense.dtype
-        half = torch.bfloat16 if dtype is torch.float32 else dtype
-        return torch.autocast(self.device.type, half)
+        """The precision of the passes; moments and factors are float32 or wider all the same."""
+        return half_products(self.batches[0].dense.dtype, self.device)
 
     def forward(self, hidden: torch.Tensor, batch: int, row: int | None = None) -> torch.Tensor:
         """The layer's output for hidden states ``(samples, tokens, hidden)`` of a batch, or of one
@@ -166,11 +161,15 @@ class LayerStreams:
     @torch.no_grad()
     def advance(self, dense_outputs: Sequence[torch.Tensor]) -> None:
         """Go on to the next layer, the compressed stream through the layer as it is now."""
+        unchanged = not any(isinstance(module, FactoredLinear) for module in self.layer.modules())
         with self.precision():
             for index, batch in enumerate(self.batches):
-                with self._settled_parts(index):
-                    out = self.forward(batch.compressed, index)
-                batch.compressed = out.to(batch.compressed.dtype)
+                if unchanged and batch.compressed is batch.dense:  # nothing is factored up to here
+                    batch.compressed = dense_outputs[index]
+                else:
+                    with self._settled_parts(index):
+                        out = self.forward(batch.compressed, index)
+                    batch.compressed = out.to(batch.compressed.dtype)
                 batch.dense = dense_outputs[index]
         self.depth += 1
         self._ends.clear()

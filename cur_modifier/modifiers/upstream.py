@@ -19,7 +19,6 @@ from llmcompressor.modifiers.quantization import QuantizationMixin
 from llmcompressor.utils.dev import get_main_device
 from llmcompressor.utils.helpers import (
     DisableQuantization,
-    calibration_forward_context,
     disable_cache,
     disable_hf_kernels,
     disable_lm_head,
@@ -30,8 +29,8 @@ from torch import nn
 
 __all__ = [
     "FollowerLosses",
-    "calibration_forward",
     "compresses",
+    "evaluation_forward",
     "followers",
     "group_sizes",
     "matches",
@@ -40,7 +39,6 @@ __all__ = [
     "prune_block",
     "recipe_as_given",
     "refuse_distributed",
-    "training_forward",
     "weight_bits",
 ]
 
@@ -55,24 +53,12 @@ _ERROR = re.compile(r"error (?P<loss>\S+)")
 
 
 @contextmanager
-def calibration_forward(model: nn.Module) -> Iterator[torch.device]:
-    """The context in which upstream's pipelines run the model; gives the device for its inputs."""
-    if torch.accelerator.is_available():
-        set_onload_device(model, get_main_device())
-        device = get_main_device()
-    else:
-        device = torch.device("cpu")
-    with calibration_forward_context(model):
-        yield device
-
-
-@contextmanager
-def training_forward(model: nn.Module, *, logits: bool) -> Iterator[torch.device]:
-    """The context of passes with gradients through a model in evaluation mode; gives their device.
+def evaluation_forward(model: nn.Module, *, logits: bool) -> Iterator[torch.device]:
+    """The context of our own passes through a model in evaluation mode; gives their device.
 
     Quantization that a later stage has prepared is off: its scales are not there yet. Without
-    ``logits`` the head is left out. Unlike :func:`calibration_forward` it keeps the model's own
-    attention, which is several times faster than the eager one on long windows.
+    ``logits`` the head is left out. Unlike in upstream's own passes the model keeps its attention,
+    which is several times faster than the eager one on long windows.
     """
     with ExitStack() as stack:
         if torch.accelerator.is_available():

@@ -5,9 +5,9 @@
 Each point is a recipe run by ``recipes/run.py``: compressed in bfloat16, saved, and the checkpoint
 loaded with ``from_pretrained`` in float32 for its perplexity. SmolLM2-135M-Instruct, calibrated on
 the first 64 windows of 1024 tokens of WikiText-2's validation text, evaluated on the first 24 of
-its test text. *Bytes* are those of the safetensors files: factors or weights, scales, and the embedding
-in bfloat16 (57 MB, in every point). GPTQ alone takes groups of 64, the largest that divide every
-width; in factored models groups divide the ranks, and are 32.
+its test text. *Bytes* are those of the safetensors files: factors or weights, scales, and the
+embedding in bfloat16 (57 MB, in every point). GPTQ alone takes groups of 64, the largest that
+divide every width; in factored models groups divide the ranks, and are 32.
 
 A point that exists is kept, so an interrupted run continues. The recipe and the log of every point
 stay beside the results.
@@ -185,8 +185,12 @@ def measure(point: Point, options: argparse.Namespace) -> Row:
 
 def _run(command: list[str], log: Path) -> str:
     """What a command printed; also in the log, with its messages."""
+    # llm-compressor logs to standard output, among what a command prints.
+    quiet = os.environ | {"LLM_COMPRESSOR_LOG_LEVEL": "ERROR"}
     with log.open("w") as messages:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=messages, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=messages, env=quiet, check=False
+        )
         printed = done.stdout.decode(errors="replace")
         messages.write(printed)
     if done.returncode:

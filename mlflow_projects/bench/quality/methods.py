@@ -133,7 +133,12 @@ CURING = {
 ID = EVERYTHING | {"form": "id", "fit": "loss", "anchor": 0.25}
 BUDGET = {"budget": "sensitivity"}
 # The paper's setting with our fit, and its healing: recipes/cur_healed.yaml.
-CUR = CURING | {"fit": "loss", "anchor": 0.25, "rank": {"max": 256}}
+CUR = {key: value for key, value in CURING.items() if key != "scores"} | {
+    "selection": "greedy",
+    "fit": "loss",
+    "anchor": 0.25,
+    "rank": {"max": 256},
+}
 HEALING = {"CURHealModifier": {"steps": 120, "batch_size": 4, "logits_weight": 1.0}}
 
 METHODS: dict[str, Method] = {
