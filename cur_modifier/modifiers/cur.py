@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from compressed_tensors.offload import set_onload_device, update_offload_parameter
+from compressed_tensors.offload import set_onload_device
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.dev import get_main_device
@@ -21,23 +18,18 @@ from torch import nn
 from tqdm import tqdm
 
 from cur_modifier.checkpoint import wrap_save_pretrained
-from cur_modifier.factored import FactoredLinear, InterpolativeLinear, load_shared
+from cur_modifier.factored import InterpolativeLinear
 from cur_modifier.linalg import (
-    CUR,
     Form,
     GramAccumulator,
-    RowID,
     Score,
     Selection,
-    anchored_target,
-    damped,
     dense_parameters,
     energy_rank,
-    shrunk,
-    split_rows,
     stored_parameters,
 )
 from cur_modifier.modifiers import upstream
+from cur_modifier.modifiers.by_layers import run_layers
 from cur_modifier.modifiers.config import (
     Fit,
     LayersConfig,
@@ -48,12 +40,10 @@ from cur_modifier.modifiers.config import (
 from cur_modifier.modifiers.distill import collect_samples
 from cur_modifier.modifiers.factorize import (
     Recipe,
-    factorize,
-    fitted_gram,
     quantization_noise,
-    relative_error,
     weighted_spectrum,
 )
+from cur_modifier.modifiers.fitting import Fitting, Waiting, named
 from cur_modifier.modifiers.journal import Journal
 from cur_modifier.modifiers.layers import (
     candidate_layers,
@@ -70,36 +60,11 @@ from cur_modifier.modifiers.plan import (
     with_budget,
     with_ranks,
 )
-from cur_modifier.modifiers.refine import Surroundings, refine_layer
 from cur_modifier.modifiers.report import ModuleRecord
-from cur_modifier.modifiers.sensitivity import Sensitivity, load_or_measure
+from cur_modifier.modifiers.sensitivity import load_or_measure
 from cur_modifier.modifiers.sharing import joined, with_direct_outputs
-from cur_modifier.modifiers.streams import LayerStreams, frozen
 
 __all__ = ["CURModifier"]
-
-# Tokens an input feature below which a Gram matrix is called badly known.
-ENOUGH_TOKENS = 16
-# Shrinkage of a Gram matrix towards its diagonal at one token a feature; it falls with the tokens.
-SHRINKAGE = 0.5
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """A candidate whose factored modules, by name, are in the model and not fitted yet."""
-
-    candidate: Candidate
-    containers: dict[str, FactoredLinear]
-
-    @property
-    def first(self) -> FactoredLinear:
-        """The module that runs first: what it reads, all of them read."""
-        return next(iter(self.containers.values()))
-
-    @property
-    def last(self) -> FactoredLinear:
-        """The module that runs last: behind it all of them are done."""
-        return next(reversed(self.containers.values()))
 
 
 class CURModifier(Modifier):
@@ -194,11 +159,11 @@ class CURModifier(Modifier):
     seed: int = 0
     mlflow: bool = True
 
-    _pending: list[_Waiting] = PrivateAttr(default_factory=list)
+    _pending: list[Waiting] = PrivateAttr(default_factory=list)
     _grams: dict[nn.Module, GramAccumulator] = PrivateAttr(default_factory=dict)
     _latest: tuple[torch.Tensor, GramAccumulator] | None = PrivateAttr(default=None)
     _journal: Journal | None = PrivateAttr(default=None)
-    _sensitivity: Sensitivity | None = PrivateAttr(default=None)
+    _fitting: Fitting | None = PrivateAttr(default=None)
     _complete: bool = PrivateAttr(default=False)
 
     @field_serializer("form", "scores", "selection", "fit")
@@ -300,7 +265,15 @@ class CURModifier(Modifier):
                     "`pipeline='independent'`."
                 )
             if self.by_layers:
-                self._run_layers(state.model, state.data.calib)
+                run_layers(
+                    state.model,
+                    decoder_layers(state.model),
+                    self._pending,
+                    state.data.calib,
+                    self._open_fitting,
+                    anchor=self.anchor,
+                    refine=self.refine,
+                )
                 return
             for waiting in self._pending:
                 for container in waiting.containers.values():
@@ -333,6 +306,7 @@ class CURModifier(Modifier):
                     f"the calibration never ran {names[:6]}, so they have no factors. Put them on "
                     "`ignore`, or calibrate with inputs that reach them."
                 )
+        self._fitting = None  # it holds what the loss thinks of every module
         self._complete = True
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -392,8 +366,9 @@ class CURModifier(Modifier):
                 for c in planned
             }
             planned = with_ranks(planned, self.form, self.rank, self.multiple_of, energies)
+        sensitivity = None
         if self.needs_gradients:
-            self._sensitivity = load_or_measure(
+            sensitivity = load_or_measure(
                 model,
                 {c.name: list(c.members.values()) for c in planned},
                 layers,
@@ -404,11 +379,19 @@ class CURModifier(Modifier):
             )
             if self.rank.budget == "sensitivity":
                 planned = with_budget(
-                    planned, self.form, self.rank, self.multiple_of, self._sensitivity.spectra
+                    planned, self.form, self.rank, self.multiple_of, sensitivity.spectra
                 )
+        self._fitting = Fitting(
+            self.recipe,
+            self._open_journal,
+            sensitivity,
+            damping=self.sensitivity.damping,
+            shrink=self.by_layers,
+            seed=self.seed,
+        )
         if self.share_skeleton:
             planned = [
-                with_direct_outputs(c, self.multiple_of, self._outputs_metric(c))
+                with_direct_outputs(c, self.multiple_of, self._fitting.outputs_metric(c))
                 for c in tqdm(planned, desc="Sharing skeletons")
             ]
         modules = sum(len(c.members) for c in planned)
@@ -460,7 +443,7 @@ class CURModifier(Modifier):
             container.train(linear.training)
             parent, _, child = record.name.rpartition(".")
             setattr(model.get_submodule(parent), child, container)
-        self._pending.append(_Waiting(candidate, containers))
+        self._pending.append(Waiting(candidate, containers))
 
     def _observe(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0]
@@ -474,7 +457,7 @@ class CURModifier(Modifier):
         own.update(x)
         self._latest = (x, own)
 
-    def _fit_alone(self, waiting: _Waiting) -> None:
+    def _fit_alone(self, waiting: Waiting) -> None:
         """Fit one candidate to the inputs that the hooks saw."""
         second_moment = None
         if self.recipe.needs_activations:
@@ -484,154 +467,13 @@ class CURModifier(Modifier):
                     f"{waiting.candidate.name}: no token reached this module. Calibrate with "
                     "inputs that reach it, or put it on `ignore`"
                 )
-            with _named(waiting.candidate.name):
+            with named(waiting.candidate.name):
                 second_moment = accumulator.second_moment()
             names = list(waiting.containers)
-            second_moment = self._regularized(names, second_moment, accumulator.tokens)
-        self._fit(waiting, second_moment)
-        self._grams.pop(waiting.first, None)
-
-    def _run_layers(self, model: nn.Module, batches: Any) -> None:
-        """Fit, and refine, one layer after another, with the dense model beside it."""
-        layers = decoder_layers(model)
-        by_layer: dict[int, dict[str, _Waiting]] = {}
-        for waiting in self._pending:
-            candidate = waiting.candidate
-            by_layer.setdefault(candidate.layer, {})[candidate.name] = waiting
-        last = max(by_layer, default=-1)
-        with upstream.evaluation_forward(model, logits=False) as device, frozen(model):
-            samples = [sample.inputs for sample in collect_samples(batches)]
-            streams = LayerStreams(model, [layer for _, layer in layers], samples, device)
-            for index in tqdm(range(last + 1), desc="Factoring layers", disable=last < 0):
-                by_name = by_layer.get(index, {})
-                readers = {name: waiting.first for name, waiting in by_name.items()}
-                outputs, inputs, groups = streams.run_dense(readers)
-                around: dict[str, Surroundings] = {}
-                for group in groups:
-                    waiting_group = [by_name[name] for name in group]
-                    gram = self._fit_group(streams, waiting_group, inputs[group[0]])
-                    if self.refine is not None and gram is not None:
-                        for waiting in waiting_group:
-                            around |= self._surroundings(waiting, gram)
-                if self.refine is not None and around:
-                    name = layers[index][0]
-                    fitted = {n: c for w in by_name.values() for n, c in w.containers.items()}
-                    containers = {n: c for n, c in fitted.items() if n in around}
-                    refined = refine_layer(
-                        streams,
-                        outputs,
-                        containers,
-                        around,
-                        self._metric(name),
-                        self.refine,
-                        seed=self.seed ^ index,
-                    )
-                    self._open_journal.refined(name, index, refined)
-                streams.advance(outputs)
-
-    def _fit_group(
-        self,
-        streams: LayerStreams,
-        group: Sequence[_Waiting],
-        dense_inputs: Sequence[torch.Tensor],
-    ) -> torch.Tensor | None:
-        """Fit the candidates that read one tensor to what both models put into it; the second
-        moment of what the compressed model puts, where it was asked for."""
-        first = group[0].first
-        gram = drift = None
-        if self.recipe.needs_activations or self.anchor or self.refine is not None:
-            moments = streams.moments(first, dense_inputs, first.in_features)
-            with _named(group[0].candidate.name):
-                gram, drift = moments.moments()
-            names = [name for waiting in group for name in waiting.containers]
-            gram = self._regularized(names, gram, moments.tokens)
-        for waiting in group:
-            target = None
-            if self.anchor:
-                assert gram is not None and drift is not None
-                dense = waiting.candidate.weight
-                target = anchored_target(dense, gram, drift.to(gram), self.anchor)
-            self._fit(waiting, gram, target)
-        return gram
-
-    def _surroundings(self, waiting: _Waiting, gram: torch.Tensor) -> dict[str, Surroundings]:
-        """What each container of a fitted candidate reads, and what its outputs are worth."""
-        candidate = waiting.candidate
-        metric = self._metric(candidate.name, candidate.sizes).to(gram.device)
-        found, start = {}, 0
-        for (name, _), size in zip(waiting.containers.items(), candidate.sizes, strict=True):
-            own = slice(start, start + size)
-            block = metric[own] if metric.ndim == 1 else metric[own, own]
-            found[name] = Surroundings(gram, block)
-            start += size
-        return found
-
-    def _regularized(self, names: Sequence[str], gram: torch.Tensor, tokens: int) -> torch.Tensor:
-        """The Gram matrix, with what its tokens leave open filled in from its diagonal."""
-        features = gram.shape[0]
-        for name in names:
-            self._open_journal.records[name].tokens = tokens
-        if tokens < features:
-            logger.warning(
-                f"{names[0]}: {tokens} tokens calibrate {features} inputs, so their second moment "
-                f"has no full rank and is shrunk towards its diagonal. Give at least {features} "
-                f"tokens, better {ENOUGH_TOKENS * features}."
-            )
-        elif not self.by_layers:
-            return gram
-        return shrunk(gram, SHRINKAGE * features / tokens)
-
-    def _fit(
-        self,
-        waiting: _Waiting,
-        second_moment: torch.Tensor | None,
-        target: torch.Tensor | None = None,
-    ) -> None:
-        """Fit a candidate's factors to a second moment, load them, and write the records."""
-        started = time.perf_counter()
-        candidate, containers = waiting.candidate, list(waiting.containers.values())
-        assert candidate.rank is not None
-        records = [self._open_journal.records[name] for name in candidate.members]
-        W = candidate.weight
-        if second_moment is not None:
-            W = W.to(second_moment.device)
-        outputs = self._outputs_metric(candidate)
-        with _named(candidate.name):
-            factors = factorize(
-                self.recipe,
-                W,
-                second_moment,
-                candidate.rank,
-                seed=self.seed ^ zlib.crc32(candidate.name.encode()),
-                noise=records[0].expected_noise,
-                outputs=None if outputs is None else outputs.to(W.device),
-                target=target,
-                blocks=candidate.blocks,
-            )
-        _load(containers, factors, list(candidate.members.values()))
-        gram = fitted_gram(self.fit, second_moment)
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
-        for record, container, block in zip(
-            records, containers, W.split(candidate.sizes), strict=True
-        ):
-            record.relative_error = relative_error(block, container.dense_weight().to(W), gram)
-            factor_entries = [f.weight.detach().abs().max() for f in container.factors.values()]
-            # None where all its outputs are in the skeleton of another module.
-            record.max_factor_entry = max(map(float, factor_entries), default=None)
-        for record in records:
-            record.seconds = (time.perf_counter() - started) / len(records)
-        mean_square = None if second_moment is None else second_moment.diagonal()
-        self._open_journal.fitted(candidate.name, records, W, mean_square)
+            second_moment = self._open_fitting.regularized(names, second_moment, accumulator.tokens)
+        self._open_fitting.fit(waiting, second_moment)
         self._pending.remove(waiting)
-
-    def _outputs_metric(self, candidate: Candidate) -> torch.Tensor | None:
-        """The metric of a candidate's stacked outputs that the fit minimises in, if any."""
-        return self._metric(candidate.name, candidate.sizes) if self.fit is Fit.LOSS else None
-
-    def _metric(self, name: str, sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """What the loss makes of errors in the outputs of a candidate or a layer."""
-        assert self._sensitivity is not None
-        return damped(self._sensitivity.outputs[name], self.sensitivity.damping, sizes)
+        self._grams.pop(waiting.first, None)
 
     @property
     def journal(self) -> Journal | None:
@@ -643,6 +485,11 @@ class CURModifier(Modifier):
         assert self._journal is not None
         return self._journal
 
+    @property
+    def _open_fitting(self) -> Fitting:
+        assert self._fitting is not None
+        return self._fitting
+
     @contextmanager
     def _failing_run(self) -> Iterator[None]:
         """Mark the run as failed, with its error, on the way out of one of our own steps."""
@@ -653,26 +500,3 @@ class CURModifier(Modifier):
                 self._journal.fail(error)
                 self._journal = None
             raise
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """What the algebra finds wrong inside is said of the module ``name``."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _load(
-    containers: Sequence[FactoredLinear], factors: CUR | RowID, dense: Sequence[nn.Linear]
-) -> None:
-    """Store factors of the stacked weight in the containers, with the dense modules' biases."""
-    biases = [None if linear.bias is None else linear.bias.detach() for linear in dense]
-    if len(containers) == 1:
-        containers[0].load_factors(factors, biases[0], write=update_offload_parameter)
-        return
-    sharing = [c for c in containers if isinstance(c, InterpolativeLinear)]
-    assert isinstance(factors, RowID)
-    parts = split_rows(factors, [linear.out_features for linear in dense])
-    load_shared(sharing, parts, biases, write=update_offload_parameter)
