@@ -139,7 +139,9 @@ CUR = {key: value for key, value in CURING.items() if key != "scores"} | {
     "anchor": 0.25,
     "rank": {"max": 256},
 }
-HEALING = {"CURHealModifier": {"steps": 120, "batch_size": 4, "logits_weight": 1.0}}
+HEALING = {
+    "CURHealModifier": {"steps": 120, "batch_size": 4, "logits_weight": 1.0, "mlflow": False}
+}
 
 METHODS: dict[str, Method] = {
     "dense": Method(lambda model, windows, ratio: 1.0, own_ratio=True),
