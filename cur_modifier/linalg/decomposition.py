@@ -244,11 +244,7 @@ def _leading_left_exact(W: torch.Tensor, rank: int, gram: torch.Tensor | None) -
     if m**3 <= 2 * n**3:  # one eigh of m x m is cheaper than two of n x n
         moment = W @ (W if gram is None else apply_gram(W, gram)).mT
         return torch.linalg.eigh((moment + moment.mT) / 2).eigenvectors[:, -rank:].flip(1)
-    if gram is None:
-        image = W
-    else:
-        root = gram_sqrt(gram)
-        image = W * root if root.ndim == 1 else W @ root
+    image = W if gram is None else apply_gram(W, gram_sqrt(gram))
     right = torch.linalg.eigh(image.mT @ image).eigenvectors[:, -rank:].flip(1)
     # QR instead of a division by singular values: some of them may be zero.
     return torch.linalg.qr(image @ right).Q

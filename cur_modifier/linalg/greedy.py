@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cur_modifier.linalg.checks import require_finite, require_matrix, require_rank
+from cur_modifier.linalg.gram import apply_gram
 
 __all__ = ["greedy"]
 
@@ -43,16 +44,15 @@ def greedy(A: torch.Tensor, count: int, metric: torch.Tensor | None = None) -> t
             f"diagonal ({m},)."
         )
     left = A.double().clone()
-    M = None if metric is None else metric.to(left)
-    if M is not None:
-        require_finite(M, "the metric of the rows")
+    M = left.new_ones(m) if metric is None else metric.to(left)
+    require_finite(M, "the metric of the rows")
     nothing = torch.finfo(left.dtype).eps * left.square().sum(1)  # of a row: its own rounding
     chosen: list[int] = []
     free = torch.ones(m, dtype=torch.bool, device=A.device)
     gains, since, reference = left.new_zeros(m), _AFRESH_STEPS, 0.0
     for _ in range(count):
         if since == _AFRESH_STEPS or float(gains[free].max()) < _AFRESH_FALL * reference:
-            gains = ((left @ (left.mT @ _times(M, left))) * left).sum(1)
+            gains = ((left @ (apply_gram(left.mT, M) @ left)) * left).sum(1)
             since, reference = 0, float(gains[free].max())
         since += 1
         lengths = left.square().sum(1)
@@ -64,15 +64,7 @@ def greedy(A: torch.Tensor, count: int, metric: torch.Tensor | None = None) -> t
             continue
         direction = left[pick] / lengths[pick].sqrt()
         share = left @ direction
-        weighted = _times(M, share)
+        weighted = apply_gram(share, M)
         gains -= share * (2 * (left @ (left.mT @ weighted)) - share * (share @ weighted))
         left -= torch.outer(share, direction)
     return torch.tensor(chosen, device=A.device)
-
-
-def _times(metric: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
-    if metric is None:
-        return right
-    if metric.ndim == 2:
-        return metric @ right
-    return metric * right if right.ndim == 1 else metric[:, None] * right

@@ -16,7 +16,7 @@ from cur_modifier.linalg.checks import (
     require_gram,
     require_matrix,
 )
-from cur_modifier.linalg.gram import gram_sqrt
+from cur_modifier.linalg.gram import apply_gram, gram_sqrt
 
 __all__ = ["Score", "diag", "gram", "score", "wanda", "weight"]
 
@@ -62,8 +62,7 @@ def gram(W: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
     Uses the symmetric root, the one closest to the identity, so that column ``j`` still stands for
     input ``j``. Cost: one ``eigh`` of ``(n, n)`` in float64.
     """
-    root = gram_sqrt(second_moment).to(W)
-    return W * root if root.ndim == 1 else W @ root
+    return apply_gram(W, gram_sqrt(second_moment))
 
 
 def score(kind: Score, W: torch.Tensor, second_moment: torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from cur_modifier.linalg.checks import (
     require_matrix,
     require_rank,
 )
-from cur_modifier.linalg.gram import gram_sqrt
+from cur_modifier.linalg.gram import apply_gram, gram_sqrt
 from cur_modifier.linalg.greedy import greedy
 from cur_modifier.linalg.subspace import is_small, leading_subspace, sketched_row_basis
 
@@ -166,7 +166,9 @@ def select_rows_and_columns(
         rows, columns = random(m, rank, generator), random(n, rank, generator)
         return rows.to(scored.device), columns.to(scored.device)
     if kind is Selection.GREEDY:
-        by_rows, by_columns = _rooted(scored, gram), _rooted(scored.mT, outputs)
+        A = scored.double()
+        by_rows = A if gram is None else apply_gram(A, gram_sqrt(gram))
+        by_columns = A.mT if outputs is None else apply_gram(A.mT, gram_sqrt(outputs))
         return greedy(by_rows, rank, outputs), greedy(by_columns, rank, gram)
     if kind is Selection.NORM:
         return norm(scored, rank), norm(scored.mT, rank)
@@ -182,14 +184,6 @@ def select_rows_and_columns(
             return leverage_top(subspace.U), leverage_top(subspace.V)
         case Selection.LEVERAGE_SAMPLED:
             return leverage_sampled(subspace.U, generator), leverage_sampled(subspace.V, generator)
-
-
-def _rooted(A: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
-    """``A M^{1/2}``."""
-    if moment is None:
-        return A
-    root = gram_sqrt(moment)
-    return A.double() * root if root.ndim == 1 else A.double() @ root
 
 
 def _aligned(V: torch.Tensor) -> torch.Tensor:

@@ -57,11 +57,11 @@ def run_layers(
                         around |= _surroundings(waiting, gram, fitting)
             if refine is not None and around:
                 name = layers[index][0]
-                fitted = {n: c for w in here.values() for n, c in w.containers.items()}
+                fitted = [item for w in here.values() for item in w.containers.items()]
                 refined = refine_layer(
                     streams,
                     outputs,
-                    {n: c for n, c in fitted.items() if n in around},
+                    {n: c for n, c in fitted if n in around},
                     around,
                     fitting.metric(name),
                     refine,

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quality.methods import BUDGET, ID
 from quality.protocol import DATA, REPOSITORY, WIKI_TEST, WIKI_VALID, model_directory
 from quality.results import Row, put_row, read_rows
 
@@ -56,13 +57,8 @@ class Point:
         """The stages of the point, as in ``recipes/``."""
         stage: dict[str, Any] = {}
         if self.ratio is not None:
-            cur = {
-                "targets": ["re:.*(q|k|v|o|gate|up|down)_proj$"],
-                "form": "id",
-                "fit": "loss",
-                "anchor": 0.25,
-                "rank": {"ratio": self.ratio, "budget": "sensitivity"},
-                "layers": {"select": "all"},
+            cur = ID | {
+                "rank": {"ratio": self.ratio} | BUDGET,
                 "multiple_of": FACTORED_GROUP,
                 "mlflow": False,
             }
@@ -268,7 +264,7 @@ def plot(rows: Sequence[Row]) -> Any:
 
 def _bits(text: str) -> list[int]:
     return [
-        _number(item, int, "a number of bits between 1 and 8", 1, 8) for item in text.split(",")
+        _number(item, int, "a number of bits between 1 and 8", 0, 9) for item in text.split(",")
     ]
 
 
@@ -281,7 +277,7 @@ def _number(item: str, kind: type, what: str, low: float, high: float) -> Any:
         value = kind(item)
     except ValueError:
         value = None
-    if value is None or not low <= value <= high:
+    if value is None or not low < value < high:
         raise argparse.ArgumentTypeError(f"{item!r} is not {what}.")
     return value
 

@@ -118,11 +118,14 @@ EVERYTHING = {
     "targets": ["re:.*(q|k|v|o|gate|up|down)_proj$"],
     "layers": {"select": "all"},
 }
-# Park and Moon 2025: the ten layers that turn the hidden state least, U = C⁺ W R⁺.
-CURING = {
+# Park and Moon 2025: the ten layers that turn the hidden state least ...
+TEN_LAYERS = {
     "targets": ["re:.*(q|k|gate)_proj$"],
     "layers": {"select": "angular", "count": 10},
     "form": "cur",
+}
+# ... and U = C⁺ W R⁺.
+CURING = TEN_LAYERS | {
     "scores": "wanda",
     "selection": "deim",
     "fit": "weight",
@@ -133,7 +136,7 @@ CURING = {
 ID = EVERYTHING | {"form": "id", "fit": "loss", "anchor": 0.25}
 BUDGET = {"budget": "sensitivity"}
 # The paper's setting with our fit, and its healing: recipes/cur_healed.yaml.
-CUR = {key: value for key, value in CURING.items() if key != "scores"} | {
+CUR = TEN_LAYERS | {
     "selection": "greedy",
     "fit": "loss",
     "anchor": 0.25,
