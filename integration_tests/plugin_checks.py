@@ -61,13 +61,22 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 class Example:
     """A dense Linear of random weights, as a part of the given form: tensors and exact product."""
 
-    def __init__(self, form: str, out: int, seed: int, *, width: int = WIDTH, bias: bool = False):
+    def __init__(
+        self,
+        form: str,
+        out: int,
+        seed: int,
+        *,
+        width: int = WIDTH,
+        bias: bool = False,
+        rank: int = 0,
+    ):
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator)
 
-        rank = 3 + seed % 4  # parts of one module have ranks of their own
+        rank = rank or 3 + seed % 4  # parts of one module have ranks of their own
         self.layout: ModuleLayout | None = None
         self.tensors: dict[str, torch.Tensor] = {}
         self.bias = random(out) if bias else None
@@ -346,6 +355,94 @@ def compiled_without_a_graph_break() -> None:
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+def linears_below(layer: Any) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the Linears that a factored one is made of."""
+    return {
+        path: (module.input_size, module.output_size)
+        for path, module in layer.named_modules()
+        if path and isinstance(module, LinearBase)
+    }
+
+
+@check
+def all_first_stages_are_one_product() -> None:
+    examples = {
+        "q_proj": Example("id", 32, 0),
+        "k_proj": Example("cur", 16, 1),
+        "v_proj": Example("dense", 16, 2),
+    }
+    with built(QKVParallelLinear, "qkv_proj", examples, WIDTH, HEAD, 4, 2) as layer:
+        load(layer, examples)
+        [stage] = layer.stages
+        assert (stage.first.input_size, stage.first.output_size) == (WIDTH, 3 + 4 + 16)
+        compare(layer, examples)
+
+
+@check
+def cur_is_served_in_its_compact_form() -> None:
+    """Two products, of r (m + n - r) numbers."""
+    for names, kind, sizes in (
+        (["gate_proj", "up_proj"], MergedColumnParallelLinear, (WIDTH, [24, 24])),
+        (["o_proj"], RowParallelLinear, (WIDTH, 24)),
+    ):
+        examples = {name: Example("cur", 24, seed) for seed, name in enumerate(names)}
+        fused = "gate_up_proj" if len(names) > 1 else names[0]
+        with built(kind, fused, examples, *sizes) as layer:
+            weights = dict(layer.named_parameters())
+            for shard, example in enumerate(examples.values()):
+                for key, tensor in example.tensors.items():
+                    arguments = (shard,) if len(names) > 1 else ()
+                    weights[key].weight_loader(weights[key], tensor, *arguments)
+            layer.quant_method.process_weights_after_loading(layer)
+            kept = sum(parameter.numel() for parameter in layer.parameters())
+            ranks = [example.layout.rank for example in examples.values() if example.layout]
+            assert kept == sum(r * (24 + WIDTH - r) for r in ranks), kept
+
+
+@check
+def cur_whose_columns_have_no_safe_rows_is_served_all_the_same() -> None:
+    rank = 8
+    example = Example("cur", 24, 0, rank=rank)
+    # Elimination with partial pivoting at its worst: T would hold entries of 2^7.
+    columns = torch.eye(rank) - torch.ones(rank, rank).tril(-1)
+    columns = torch.cat([columns, torch.ones(16, rank)])
+    example.tensors["cur_c.weight"] = columns
+    example.product = columns @ example.tensors["cur_u.weight"] @ example.tensors["cur_r.weight"]
+    with built(RowParallelLinear, "o_proj", {"o_proj": example}, WIDTH, 24) as layer:
+        load(layer, {"o_proj": example})
+        compare(layer, {"o_proj": example})
+        assert layer.stages[0].entries == rank + 24
+
+
+@check
+def outputs_that_stay_in_pairs_are_moved_in_pairs() -> None:
+    for dtype, word in ((torch.bfloat16, torch.int32), (torch.float32, torch.int64)):
+        examples = {name: Example("id", 24, 1, rank=6) for name in ("gate_proj", "up_proj")}
+        for seed, example in enumerate(examples.values()):
+            pairs = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+            order = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
+            s, t = example.tensors["id_s.weight"], example.tensors["id_t.weight"]
+            example.tensors["order"] = order.int()
+            example.product = torch.cat([s, t @ s])[order]
+        layers = built(
+            MergedColumnParallelLinear,
+            "gate_up_proj",
+            examples,
+            WIDTH,
+            [24, 24],
+            params_dtype=dtype,
+        )
+        with layers as layer:
+            load(layer, examples)
+            assert layer.output_word is word
+            x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(9))
+            wanted = torch.cat([example(x) for example in examples.values()], -1)
+            got = layer(x.to(dtype)).float()
+            assert (got - wanted).norm() < 0.02 * wanted.norm()
+            compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(x.to(dtype)).float(), got)
+
+
 QKV = {"q_proj": 4 * HEAD, "k_proj": 2 * HEAD, "v_proj": 2 * HEAD}
 QKV_SIZES = (WIDTH, HEAD, 4, 2)
 GROUPS = [("q_proj", "k_proj", "v_proj"), *itertools.combinations(QKV, 2)]
@@ -368,7 +465,7 @@ def every_way_to_share_a_skeleton_in_query_key_value() -> None:
             with built(QKVParallelLinear, "qkv_proj", examples, *QKV_SIZES) as layer:
                 load(layer, examples)
                 compare(layer, examples)
-                assert len(layer.parts) == 4 - len(group)
+                assert sum(len(stage.parts) for stage in layer.stages) == 4 - len(group)
 
 
 @check
@@ -385,13 +482,11 @@ def one_first_and_one_second_stage() -> None:
         with built(kind, name, examples, *sizes) as layer:
             load(layer, examples)
             compare(layer, examples)
-            linears = {
-                path: (module.input_size, module.output_size)
-                for path, module in layer.named_modules()
-                if path and isinstance(module, LinearBase)
-            }
             total = sum(len(example.product) for example in examples.values())
-            assert linears == {"parts.0.id_s": (WIDTH, 20), "parts.0.id_t.0": (20, total - 20)}
+            assert linears_below(layer) == {
+                "stages.0.first": (WIDTH, 20),
+                "stages.0.parts.0.id_t.0": (20, total - 20),
+            }
 
 
 @check
@@ -476,11 +571,38 @@ def quantized_second_stages_are_stacked() -> None:
     for scheme in ("W4A16", "W8A8"):
         for leader in QKV:
             got, wanted, layer = quantized(dict.fromkeys(QKV, scheme), direct, x, leader=leader)
-            [stage] = layer.parts[0].id_t
+            [stage] = layer.stages[0].parts[0].id_t
             assert stage.output_size == 96
             assert not isinstance(stage.quant_method, UnquantizedLinearMethod)
             error = (got - wanted).norm() / wanted.norm()
             assert error < (0.01 if scheme == "W4A16" else 0.03), (scheme, leader, error)
+
+
+@check
+def quantized_first_stages_are_stacked() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(9)).bfloat16().float()
+    outs = {"q_proj": 128, "k_proj": 64, "v_proj": 64}
+    for scheme in ("W4A16", "W8A8", "W4A16_ASYM"):
+        examples = {n: Example("id", m, 0, width=64, rank=32) for n, m in outs.items()}
+        for example in examples.values():
+            s, t = example.quantize("id_s", scheme), example.quantize("id_t", scheme)
+            example.product = torch.cat([s, t @ s])[example.tensors["order"].long()]
+        section = compressed_tensors(dict.fromkeys(outs, scheme))
+        layers = built(
+            QKVParallelLinear,
+            "qkv_proj",
+            examples,
+            *(64, 32, 4, 2),
+            section=section,
+            params_dtype=torch.bfloat16,
+        )
+        with layers as layer:
+            load(layer, examples)
+            assert len(layer.stages) == 1
+            assert not isinstance(layer.stages[0].first.quant_method, UnquantizedLinearMethod)
+            wanted = torch.cat([example(x) for example in examples.values()], -1)
+            error = (layer(x.bfloat16()).float() - wanted).norm() / wanted.norm()
+            assert error < (0.03 if scheme == "W8A8" else 0.01), (scheme, error)
 
 
 @check
@@ -490,7 +612,7 @@ def quantized_second_stages_of_every_rank() -> None:
         # 32, 6 and 16 rows at most, which no kernel takes; so 64, as for a row ID of all three.
         direct = {"q_proj": 0, "k_proj": 26, "v_proj": 6}
         got, wanted, layer = quantized(dict.fromkeys(QKV, scheme), direct, x, rank=rank, size=2)
-        assert layer.parts[0].id_t[0].output_size == 64
+        assert layer.stages[0].parts[0].id_t[0].output_size == 64
         error = (got - wanted).norm() / wanted.norm()
         assert error < (0.01 if scheme == "W4A16" else 0.03), (scheme, rank, error)
 
@@ -505,7 +627,7 @@ def second_stages_that_are_quantized_differently() -> None:
         ({"k_proj": "W8A8"}, [64, 32]),
     ):
         got, wanted, layer = quantized(schemes, direct, x)
-        assert [stage.output_size for stage in layer.parts[0].id_t] == stages
+        assert [stage.output_size for stage in layer.stages[0].parts[0].id_t] == stages
         error = (got - wanted).norm() / wanted.norm()
         assert error < 0.03, (schemes, error)
 
@@ -586,7 +708,7 @@ def nothing_of_loading_is_left() -> None:
     examples = {"gate_proj": Example("cur", 24, 0), "up_proj": Example("id", 24, 1)}
     with built(MergedColumnParallelLinear, "gate_up_proj", examples, WIDTH, [24, 24]) as layer:
         load(layer, examples)
-        outside = [name for name, _ in layer.named_parameters() if not name.startswith("parts.")]
+        outside = [name for name, _ in layer.named_parameters() if not name.startswith("stages.")]
         assert outside == [], outside
 
 

@@ -140,9 +140,10 @@ def interpolative(
 ) -> RowID:
     """Row ID of ``W``.
 
-    Without ``rows``, the compact form of the optimal rank-``r`` approximation: no rank-``r`` form
-    has a smaller ``‖(W − Ŵ) G^{1/2}‖_F``. With ``rows``, the skeleton is ``W[rows]`` bit for bit
-    and ``T = W[rest] G Sᵀ (S G Sᵀ)⁺`` is the best interpolation from it.
+    Without ``rows``, the compact form of the optimal rank-``r`` approximation, with the skeleton in
+    pairs of neighbouring outputs where :func:`compact` can: no rank-``r`` form has a smaller
+    ``‖(W − Ŵ) G^{1/2}‖_F``. With ``rows``, the skeleton is ``W[rows]`` bit for bit and
+    ``T = W[rest] G Sᵀ (S G Sᵀ)⁺`` is the best interpolation from it.
 
     An exact ``T`` may combine skeleton outputs with large weights that cancel; on SmolLM2 its rows
     have norms near 5. If the skeleton is quantized later, its errors do not cancel. With ``noise``,
@@ -164,7 +165,8 @@ def interpolative(
             indices, or come with ``blocks``.
     """
     if rows is None:
-        exact = compact(low_rank(W, rank, gram, outputs=outputs), blocks=blocks)
+        pair = low_rank(W, rank, gram, outputs=outputs)
+        exact = compact(pair, blocks=blocks, in_pairs=True)
         if not noise:
             return exact
         chosen, rest = torch.argsort(exact.order).tensor_split([rank])

@@ -136,7 +136,8 @@ class CURModifier(Modifier):
     :param rank: how the rank is chosen, see ``RankConfig``
     :param layers: which decoder layers, see ``LayersConfig``
     :param multiple_of: every rank is a multiple of this. The rank is the number of inputs of the
-        second factor: a later stage's group size must divide it
+        second factor: a later stage's group size must divide it. By default 8, which kernels for
+        16-bit numbers want; any with a fixed rank
     :param seed: of every random choice
     :param mlflow: log the run to MLflow where it is installed
     """
@@ -155,7 +156,7 @@ class CURModifier(Modifier):
     sensitivity: SensitivityConfig = Field(default_factory=SensitivityConfig)
     rank: RankConfig = Field(default_factory=lambda: RankConfig(max=256))
     layers: LayersConfig = Field(default_factory=LayersConfig)
-    multiple_of: int = Field(default=1, ge=1)
+    multiple_of: int | None = Field(default=None, ge=1)
     seed: int = 0
     mlflow: bool = True
 
@@ -201,6 +202,13 @@ class CURModifier(Modifier):
         return self.anchor is not None or self.refine is not None
 
     @property
+    def rank_unit(self) -> int:
+        """What every rank is a multiple of."""
+        if self.multiple_of is not None:
+            return self.multiple_of
+        return 1 if self.rank.fixed is not None else 8
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether the loss's curvature is measured."""
         by_budget = self.rank.budget == "sensitivity"
@@ -235,12 +243,12 @@ class CURModifier(Modifier):
                     "share_skeleton changes nothing: no two targets read one tensor. Add targets, "
                     "e.g. q, k and v together."
                 )
-        planned = with_ranks(candidates, self.form, self.rank, self.multiple_of)
+        planned = with_ranks(candidates, self.form, self.rank, self.rank_unit)
         if self.rank.budget == "sensitivity":
-            with_budget(planned, self.form, self.rank, self.multiple_of, spectra=None)
+            with_budget(planned, self.form, self.rank, self.rank_unit, spectra=None)
         self._check_data(state.data.calib)
         check_weights(planned)
-        check_followers(model, self, planned, self.form, self.multiple_of)
+        check_followers(model, self, planned, self.form, self.rank_unit)
 
         self._journal = Journal(model, enabled=self.mlflow)
         with self._failing_run():
@@ -365,7 +373,7 @@ class CURModifier(Modifier):
                 )
                 for c in planned
             }
-            planned = with_ranks(planned, self.form, self.rank, self.multiple_of, energies)
+            planned = with_ranks(planned, self.form, self.rank, self.rank_unit, energies)
         sensitivity = None
         if self.needs_gradients:
             sensitivity = load_or_measure(
@@ -379,7 +387,7 @@ class CURModifier(Modifier):
             )
             if self.rank.budget == "sensitivity":
                 planned = with_budget(
-                    planned, self.form, self.rank, self.multiple_of, sensitivity.spectra
+                    planned, self.form, self.rank, self.rank_unit, sensitivity.spectra
                 )
         self._fitting = Fitting(
             self.recipe,
@@ -391,7 +399,7 @@ class CURModifier(Modifier):
         )
         if self.share_skeleton:
             planned = [
-                with_direct_outputs(c, self.multiple_of, self._fitting.outputs_metric(c))
+                with_direct_outputs(c, self.rank_unit, self._fitting.outputs_metric(c))
                 for c in tqdm(planned, desc="Sharing skeletons")
             ]
         modules = sum(len(c.members) for c in planned)

@@ -4,7 +4,9 @@ Below the Linear that vLLM's model class makes stand ordinary vLLM Linears, one 
 one for each dense part. vLLM's own schemes give them their parameters, load them, split them over
 ranks and choose their kernels, each by its name in the checkpoint.
 
-Parts that share a skeleton S run as one: S once, their T stacked, one order.
+The first stages of all parts (S, R, dense weights) are stacked into one product, and parts that
+share a skeleton have their T stacked. What comes out is put in order by one gather for the whole
+layer, of pairs of outputs where all pairs stay together: see :func:`gathering`.
 
 Tensor parallelism. A column-parallel Linear splits the last factor (C or T) by outputs and repeats
 the first (R or S), since every rank needs all of ``z``. A row-parallel Linear splits the first
@@ -13,7 +15,7 @@ factor by inputs; the others act on partial sums, and the reduction that vLLM do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +28,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from cur_modifier.layout import LayoutError, ModuleLayout
-from cur_modifier.vllm.parts import Part, make_part
+from cur_modifier.vllm.parts import Part, make_stages
 from cur_modifier.vllm.slots import Slots
 
 if TYPE_CHECKING:
@@ -74,18 +76,17 @@ class FactoredLinearMethod(LinearMethodBase):
                 f"{type(layer).__name__}, and this plugin expected {sum(widths)}. It does not know "
                 "how that layer is split. Upgrade it: pip install -U cur-modifier"
             )
-        layer.parts = nn.ModuleList()
+        layer.stages = nn.ModuleList(make_stages(layer, parts, self.config.inner, params_dtype))
         layer.register_buffer("output_order", None, persistent=False)
+        layer.output_word = params_dtype
         slots = Slots(layer)
-        for together in by_skeleton(parts):
-            runs = make_part(layer, together, self.config.inner, params_dtype)
-            layer.parts.append(runs)
-            runs.declare(slots)
+        for stage in layer.stages:
+            stage.declare(slots)
         self.parts = parts
         self.slots = slots
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Take the slots away, and note the order of the outputs.
+        """Take the slots away, make CUR compact, and note the order of the outputs.
 
         vLLM calls this before it prepares the kernels of the Linears below.
 
@@ -96,29 +97,48 @@ class FactoredLinearMethod(LinearMethodBase):
         self.slots.close()
         orders: dict[Part, torch.Tensor] = {}
         start = 0
-        for runs in layer.parts:
-            orders |= {part: order + start for part, order in runs.output_orders()}
-            start += runs.entries
+        for stage in layer.stages:
+            stage.prepare()
+            orders |= dict(stage.output_orders(start))
+            start += stage.entries
         order = torch.cat([orders[part] for part in self.parts])
         if not torch.equal(order, torch.arange(start)):
             device = next(layer.parameters()).device
+            order, layer.output_word = gathering(order, start, layer.output_word)
             layer.output_order = order.to(device)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        pieces = [piece for part in layer.parts for piece in part(x)]
+        pieces = [piece for stage in layer.stages for piece in stage(x)]
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         if layer.output_order is not None:
-            y = y.index_select(-1, layer.output_order)
+            order = layer.output_order.expand(*y.shape[:-1], -1)
+            y = y.view(layer.output_word).gather(-1, order).view(y.dtype)
         return y if bias is None else y + bias
 
 
-def by_skeleton(parts: Sequence[Part]) -> list[list[Part]]:
-    """The parts, those together that share a skeleton."""
-    together: dict[str, list[Part]] = {}
-    for part in parts:
-        leader = part.layout.shared_skeleton if part.layout else None
-        together.setdefault(leader or part.name, []).append(part)
-    return list(together.values())
+def gathering(
+    order: torch.Tensor, entries: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.dtype]:
+    """What to gather to put outputs in order, and as words of which type.
+
+    Where outputs ``2i`` and ``2i + 1`` are neighbours among the ``entries`` computed, two of them
+    are one word: half as many to move, and in bfloat16 words that processors gather in hardware. At
+    256 tokens that takes 3 % of a 2048×2048 product in place of 33 %.
+
+    Args:
+        order: which entry each output is.
+    """
+    first, second = order[::2], order[1::2]
+    word = {2: torch.int32, 4: torch.int64}.get(dtype.itemsize)
+    if (
+        word is None
+        or len(order) % 2
+        or entries % 2
+        or bool((first % 2).any())
+        or not torch.equal(second, first + 1)
+    ):
+        return order, dtype
+    return first // 2, word
 
 
 def split(layer: Any, layouts: Mapping[str, ModuleLayout | None], in_features: int) -> list[Part]:

@@ -1,10 +1,16 @@
-"""The parts of a vLLM Linear, each as the Linears of its factors."""
+"""The parts of a vLLM Linear, each as the Linears of its factors.
+
+A part reads ``x`` through a first stage (S, R, or a dense part's whole weight), and what is behind
+it is the part's own: T of a row ID, U and C of CUR. Parts whose first stages are quantized alike
+have theirs stacked into one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,13 +22,15 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.utils import replace_parameter
 
 from cur_modifier.layout import LayoutError, ModuleLayout
 from cur_modifier.vllm.slots import DAMAGED, Slots
 
-__all__ = ["Part", "PartLinear", "make_part"]
+__all__ = ["Part", "PartLinear", "Stage", "make_stages"]
 
 
 @dataclass(frozen=True)
@@ -61,80 +69,148 @@ class Part:
         return self.out_features - (self.layout.rank if direct is None else direct)
 
 
+# Above this an entry of T lets the skeleton's rounding show in the other outputs.
+_LARGEST_ENTRY = 16.0
+
+
 class PartLinear(nn.Module):
-    """One or more parts as the Linears they are made of; ``forward`` gives their outputs, in
-    pieces."""
+    """One or more parts behind their first stage; ``forward`` turns its outputs ``z`` into the rest
+    of the parts' outputs, in pieces.
+
+    Attributes:
+        first_stage: of which part, and which child, the first stage's tensors are.
+        reads: how many numbers ``z`` has.
+        direct: whether they are outputs, or at least are laid out among them.
+    """
+
+    def __init__(self, part: Part, child: str, reads: int, *, direct: bool) -> None:
+        super().__init__()
+        self.first_stage = (part, child)
+        self.reads = reads
+        self.direct = direct
+
+    @property
+    def first_name(self) -> str:
+        """The first stage's name in the checkpoint."""
+        part, child = self.first_stage
+        return f"{part.name}.{child}" if child else part.name
 
     def declare(self, slots: Slots) -> None:
-        """Name every tensor of the parts."""
+        """Name every tensor of the parts but the first stage's."""
         raise NotImplementedError
+
+    def prepare(self, first: torch.Tensor | None) -> None:
+        """What is done once, when all is loaded.
+
+        Args:
+            first: the first stage's weight ``(reads, n)``, to be changed in place; None where it
+                is quantized.
+        """
 
     @property
     def entries(self) -> int:
         """Numbers that the pieces hold, for each token."""
+        return 0
+
+    def output_orders(self, z: int, own: int) -> Iterator[tuple[Part, torch.Tensor]]:
+        """For each part, which entry of everything each of its outputs on this rank is.
+
+        Args:
+            z, own: the entries at which ``z`` and the pieces begin.
+        """
         raise NotImplementedError
 
-    def output_orders(self) -> Iterator[tuple[Part, torch.Tensor]]:
-        """For each part, which entry of the pieces each of its outputs on this rank is."""
-        raise NotImplementedError
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        raise NotImplementedError
+    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ()
 
 
-class SinglePart(PartLinear):
-    """A part whose one piece is its outputs in their order."""
+def _readable(linear: LinearBase, z: torch.Tensor) -> torch.Tensor:
+    """``z`` as the kernel takes it: a plain product reads part of a wider tensor where it lies."""
+    return z if isinstance(linear.quant_method, UnquantizedLinearMethod) else z.contiguous()
+
+
+class DensePart(PartLinear):
+    """A part that was not factored, beside one that was: a first stage alone."""
 
     def __init__(self, part: Part) -> None:
-        super().__init__()
-        self.part = part
-
-    @property
-    def entries(self) -> int:
-        return self.part.width
-
-    def output_orders(self) -> Iterator[tuple[Part, torch.Tensor]]:
-        yield self.part, torch.arange(self.part.width)
-
-
-class DensePart(SinglePart):
-    """A part that was not factored, beside one that was."""
-
-    def __init__(self, part: Part, dense: LinearBase) -> None:
-        super().__init__(part)
-        self.dense = dense
+        super().__init__(part, "", part.width, direct=True)
 
     def declare(self, slots: Slots) -> None:
-        slots.declare(self.part, "", self.dense)
+        pass
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (self.dense(x),)
+    def output_orders(self, z: int, own: int) -> Iterator[tuple[Part, torch.Tensor]]:
+        yield self.first_stage[0], z + torch.arange(self.reads)
 
 
-class CURPart(SinglePart):
-    """``C (U (R x))``, as stored."""
+class CURPart(PartLinear):
+    """``C (U z)``, of ``z = R x``.
 
-    def __init__(
-        self, part: Part, layout: ModuleLayout, r: LinearBase, u: LinearBase, c: LinearBase
-    ) -> None:
-        super().__init__(part)
-        self.layout = layout
-        self.cur_r, self.cur_u, self.cur_c = r, u, c
+    Where nothing is quantized it is prepared in its compact form, a row ID with ``S = C[I] U R`` in
+    R's place and ``T = C[rest] C[I]⁻¹`` in C's: ``r (m + n − r)`` numbers for ``r (m + n + r)``,
+    and two products for three. ``I`` are LU pivots of this rank's rows of C. Where they leave large
+    entries in T, U is multiplied into C instead.
+    """
+
+    def __init__(self, part: Part, u: LinearBase, c: LinearBase) -> None:
+        assert part.layout is not None
+        plain = all(isinstance(f.quant_method, UnquantizedLinearMethod) for f in (u, c))
+        self.part, self.layout = part, part.layout
+        self._compacts = plain and part.width > part.layout.rank
+        self._order = torch.arange(part.width)  # of the outputs among [z, pieces]
+        self._entries = part.width
+        super().__init__(part, "cur_r", part.layout.rank, direct=self._compacts)
+        self.cur_u: LinearBase | None = u
+        self.cur_c = c
 
     def declare(self, slots: Slots) -> None:
-        for name in ("cur_r", "cur_u", "cur_c"):
+        for name in ("cur_u", "cur_c"):
             slots.declare(self.part, name, getattr(self, name))
         for name in ("rows", "columns"):  # say where the factors come from; serving needs neither
             slots.add(self.part, name, lambda tensor: None)
         if self.layout.bias:
             slots.add_bias(self.part, "cur_c.bias")
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (self.cur_c(self.cur_u(self.cur_r(x))),)
+    def prepare(self, first: torch.Tensor | None) -> None:
+        rank = self.layout.rank
+        if not self._compacts or first is None:
+            self._order = rank + self._order
+            return
+        assert self.cur_u is not None
+        C, U = self.cur_c.weight.float(), self.cur_u.weight.float()
+        lu, pivots, _ = torch.linalg.lu_factor_ex(C)
+        rows = list(range(len(C)))
+        for step, pivot in enumerate(pivots.tolist()):  # LAPACK records row swaps, one-based
+            rows[step], rows[pivot - 1] = rows[pivot - 1], rows[step]
+        lower = lu.tril(-1)
+        second = torch.linalg.solve_triangular(
+            lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+        )
+        if bool((second.abs() <= _LARGEST_ENTRY).all()):
+            chosen = torch.tensor(rows[:rank], device=C.device)
+            first.copy_(C[chosen] @ (U @ first.float()))
+            self._order = torch.tensor(rows).argsort()
+        else:
+            second = C @ U
+            self._order = rank + self._order
+        self.cur_u, self._entries = None, len(second)
+        replace_parameter(self.cur_c, "weight", second.to(self.cur_c.weight.dtype))
+
+    @property
+    def entries(self) -> int:
+        return self._entries
+
+    def output_orders(self, z: int, own: int) -> Iterator[tuple[Part, torch.Tensor]]:
+        order = self._order
+        yield self.part, torch.where(order < self.reads, z + order, own - self.reads + order)
+
+    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.cur_u is not None:
+            z = self.cur_u(_readable(self.cur_u, z))
+        return (self.cur_c(_readable(self.cur_c, z)),)
 
 
 class RowIDPart(PartLinear):
-    """``z = S x`` and ``T z``, for one row ID or for several that share S.
+    """``T z`` of ``z = S x``, for one row ID or for several that share S.
 
     There is one second stage for all T that are quantized alike, stacked: as a rule one for all.
 
@@ -149,16 +225,13 @@ class RowIDPart(PartLinear):
         self,
         leader: Part,
         rank: int,
-        s: LinearBase,
         stages: Sequence[tuple[LinearBase, Mapping[Part, int]]],
         without: Sequence[Part],
     ) -> None:
-        super().__init__()
-        self.leader = leader
-        self.id_s = s
+        super().__init__(leader, "id_s", rank, direct=True)
         self.id_t = nn.ModuleList(linear for linear, _ in stages)
         self.interpolations = [Interpolation(part, rank) for part in without]
-        self._entries = rank
+        self._entries = 0
         for linear, rooms in stages:
             for index, (part, room) in enumerate(rooms.items()):
                 rows = Interpolation(part, rank, linear, index, room, self._entries)
@@ -166,7 +239,6 @@ class RowIDPart(PartLinear):
                 self._entries += room
 
     def declare(self, slots: Slots) -> None:
-        slots.declare(self.leader, "id_s", self.id_s)
         for each in self.interpolations:
             if each.linear is not None:
                 slots.declare(each.part, "id_t", each.linear, each.load)
@@ -176,13 +248,12 @@ class RowIDPart(PartLinear):
     def entries(self) -> int:
         return self._entries
 
-    def output_orders(self) -> Iterator[tuple[Part, torch.Tensor]]:
+    def output_orders(self, z: int, own: int) -> Iterator[tuple[Part, torch.Tensor]]:
         for each in self.interpolations:
-            yield each.part, each.output_order()
+            yield each.part, each.output_order(z, own)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z = self.id_s(x)
-        return z, *[t(z) for t in self.id_t]
+    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(t(_readable(t, z)) for t in self.id_t)
 
 
 class Interpolation:
@@ -195,7 +266,7 @@ class Interpolation:
         linear: None where the part has no T.
         index: of the part among those whose T the Linear holds.
         room: rows that the Linear has for this part.
-        start: the entry of the pieces that the first of them computes.
+        start: which entry of the pieces the first of them computes.
     """
 
     def __init__(
@@ -281,38 +352,190 @@ class Interpolation:
                 "that share the skeleton. Quantize symmetrically."
             )
 
-    def output_order(self) -> torch.Tensor:
-        """Which entry of the pieces each of this rank's outputs is."""
+    def output_order(self, z: int, own: int) -> torch.Tensor:
+        """Which entry each of this rank's outputs is, given where z and the pieces begin."""
         mine = self._mine
         assert mine is not None  # or the slots would have missed it
         interpolated = mine >= self.rank
         rows = mine - self.rank if self._whole else interpolated.cumsum(0) - 1
-        return torch.where(interpolated, self.start + rows, mine)
+        return torch.where(interpolated, own + self.start + rows, z + mine)
 
 
-def make_part(
+class Stage(nn.Module):
+    """Parts that read ``x`` through one product.
+
+    Args:
+        first: the first stages' Linear.
+        parts: in its order; those first whose ``z`` are outputs.
+    """
+
+    def __init__(self, first: LinearBase, parts: Sequence[PartLinear]) -> None:
+        super().__init__()
+        self.first = first
+        self._runs = list(parts)
+        self.parts = nn.ModuleList(parts)  # where vLLM finds their Linears
+        self.direct = sum(part.reads for part in parts if part.direct)
+        ends = list(accumulate(part.reads for part in parts))
+        self._reads = [slice(end - part.reads, end) for end, part in zip(ends, parts, strict=True)]
+
+    def declare(self, slots: Slots) -> None:
+        """Name every tensor of the parts."""
+        for index, run in enumerate(self._runs):
+            part, child = run.first_stage
+            load = partial(_load_shard, index, run.reads) if len(self._runs) > 1 else None
+            slots.declare(part, child, self.first, load)
+            run.declare(slots)
+
+    def prepare(self) -> None:
+        """What is done once, when all is loaded."""
+        plain = isinstance(self.first.quant_method, UnquantizedLinearMethod)
+        for run, reads in zip(self._runs, self._reads, strict=True):
+            run.prepare(self.first.weight.data[reads] if plain else None)
+
+    @property
+    def entries(self) -> int:
+        """Numbers that the pieces hold, for each token."""
+        return self.direct + sum(part.entries for part in self._runs)
+
+    def output_orders(self, start: int) -> Iterator[tuple[Part, torch.Tensor]]:
+        """For each part, which entry of everything each of its outputs on this rank is.
+
+        Args:
+            start: the entry at which this stage's begin.
+        """
+        own = start + self.direct
+        for part, reads in zip(self._runs, self._reads, strict=True):
+            yield from part.output_orders(start + reads.start, own)
+            own += part.entries
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        z = self.first(x)
+        pieces = [z[..., : self.direct]] if self.direct else []
+        for part, reads in zip(self._runs, self._reads, strict=True):
+            pieces += part(z[..., reads])
+        return pieces
+
+
+def _load_shard(index: int, rows: int, param: Any, tensor: torch.Tensor) -> None:
+    output_dim = getattr(param, "output_dim", None)
+    if output_dim is not None:
+        if getattr(param, "packed_dim", None) == output_dim:
+            rows //= param.packed_factor
+        if tensor.shape[output_dim] != rows:  # vLLM's own loader would take a part of it
+            raise ValueError(f"expected {rows} rows")
+    param.weight_loader(param, tensor, index)
+
+
+def make_stages(
     layer: LinearBase,
     parts: Sequence[Part],
     inner: QuantizationConfig | None,
     dtype: torch.dtype,
-) -> PartLinear:
-    """The Linears of a part, or of parts that share a skeleton.
+) -> list[Stage]:
+    """The Linears of all parts of a layer.
 
-    The first factor is made by the layer's inputs, the last one by its outputs.
+    First factors are made by the layer's inputs, last ones by its outputs.
 
     Raises:
         ValueError: a factor that vLLM has no kernel for at this size.
     """
-    part = parts[0]
-    whole = part.shard_id is None
+    make = _Factory(layer, inner, dtype)
+    runs = [make.part(together) for together in _by_skeleton(parts)]
+    return [make.stage(together) for together in make.stackable(runs)]
 
-    def make(kind: type[LinearBase], prefix: str, *sizes: Any, **kwargs: Any) -> LinearBase:
+
+def _by_skeleton(parts: Sequence[Part]) -> list[list[Part]]:
+    """The parts, those together that share a skeleton."""
+    together: dict[str, list[Part]] = {}
+    for part in parts:
+        leader = part.layout.shared_skeleton if part.layout else None
+        together.setdefault(leader or part.name, []).append(part)
+    return list(together.values())
+
+
+@dataclass(frozen=True)
+class _Factory:
+    """Makes the Linears below one Linear of vLLM's."""
+
+    layer: LinearBase
+    inner: QuantizationConfig | None
+    dtype: torch.dtype
+
+    def part(self, parts: Sequence[Part]) -> PartLinear:
+        """A part, or those that share a skeleton, behind the first stage."""
+        part = parts[0]
+        if part.layout is None:
+            return DensePart(part)
+        rank = part.layout.rank
+        if part.layout.form == "cur":
+            u = self.make(ReplicatedLinear, f"{part.name}.cur_u", rank, rank)
+            return CURPart(part, u, self.last(part, f"{part.name}.cur_c", rank))
+        leader = next(p for p in parts if p.layout and p.layout.shared_skeleton is None)
+        interpolated = [p for p in parts if p.interpolated]
+        return RowIDPart(
+            leader,
+            rank,
+            [
+                self.interpolation(rank, alike)
+                for alike in self.alike(interpolated, lambda p: f"{p.name}.id_t")
+            ],
+            [p for p in parts if not p.interpolated],
+        )
+
+    def stackable(self, runs: Sequence[PartLinear]) -> list[list[PartLinear]]:
+        """The runs, those together whose first stages make one; with direct ones first."""
+        if isinstance(self.layer, RowParallelLinear):
+            return [[run] for run in runs]
+        ordered = sorted(runs, key=lambda run: not run.direct)
+        # A dense part is split over ranks, where skeletons are whole on each.
+        split = [isinstance(r, DensePart) and r.first_stage[0].tp_size > 1 for r in ordered]
+        alone = [run for run, apart in zip(ordered, split, strict=True) if apart]
+        groups = self.alike([r for r in ordered if r not in alone], lambda run: run.first_name)
+        return [[run] for run in alone] + [
+            part for group in groups for part in self._with_kernel(group)
+        ]
+
+    def _with_kernel(self, runs: list[PartLinear]) -> list[list[PartLinear]]:
+        """The runs as one group where their parameters can be stacked, else one by one."""
+        scheme = self.scheme(runs[0].first_name)
+        weights = scheme and scheme.get("weights")
+        if weights is not None:
+            # An order of the inputs is each weight's own. Zero points are packed by the outputs.
+            own_order = str(getattr(weights, "actorder", None) or "").endswith("group")
+            packed = not weights.symmetric and any(run.reads % 8 for run in runs)
+            if own_order or packed:
+                return [[run] for run in runs]
+        return [runs]
+
+    def stage(self, runs: Sequence[PartLinear]) -> Stage:
+        """The first stage of the runs, and what is behind it."""
+        part, name = runs[0].first_stage[0], runs[0].first_name
+        n, reads = part.in_features, [run.reads for run in runs]
+        if len(runs) > 1:
+            first = self.make(MergedColumnParallelLinear, name, n, reads, disable_tp=True)
+        elif isinstance(runs[0], DensePart):
+            first = self.last(part, name, n)
+        elif isinstance(self.layer, RowParallelLinear):
+            first = self.make(
+                RowParallelLinear,
+                name,
+                n,
+                *reads,
+                reduce_results=False,
+                disable_tp=self.layer.disable_tp,
+            )
+        else:
+            first = self.make(ReplicatedLinear, name, n, *reads)
+        return Stage(first, runs)
+
+    def make(self, kind: type[LinearBase], prefix: str, *sizes: Any, **kwargs: Any) -> LinearBase:
+        layer = self.layer
         try:
             return kind(
                 *sizes,
                 bias=False,
-                params_dtype=dtype,
-                quant_config=inner,
+                params_dtype=self.dtype,
+                quant_config=self.inner,
                 prefix=prefix,
                 return_bias=False,
                 **kwargs,
@@ -324,24 +547,14 @@ def make_part(
                 "group_size and multiple_of that divide these sizes."
             ) from error
 
-    def first(prefix: str, out: int) -> LinearBase:
-        if isinstance(layer, RowParallelLinear):
-            return make(
-                RowParallelLinear,
-                prefix,
-                part.in_features,
-                out,
-                reduce_results=False,
-                disable_tp=layer.disable_tp,
-            )
-        return make(ReplicatedLinear, prefix, part.in_features, out)
-
-    def last(prefix: str, rank: int) -> LinearBase:
+    def last(self, part: Part, prefix: str, inputs: int) -> LinearBase:
+        """The Linear that computes a part's outputs on this rank."""
+        layer, whole = self.layer, part.shard_id is None
         if whole and isinstance(layer, QKVParallelLinear):
-            return make(
+            return self.make(
                 QKVParallelLinear,
                 prefix,
-                rank,
+                inputs,
                 layer.head_size,
                 layer.total_num_heads,
                 layer.total_num_kv_heads,
@@ -349,66 +562,50 @@ def make_part(
                 disable_tp=layer.disable_tp,
             )
         if whole and isinstance(layer, MergedColumnParallelLinear):
-            return make(
+            return self.make(
                 MergedColumnParallelLinear,
                 prefix,
-                rank,
+                inputs,
                 list(layer.output_sizes),
                 disable_tp=layer.disable_tp,
             )
         if isinstance(layer, ColumnParallelLinear):
-            return make(
+            return self.make(
                 ColumnParallelLinear,
                 prefix,
-                rank,
+                inputs,
                 part.out_features,
                 tp_rank=part.tp_rank,
                 tp_size=part.tp_size,
             )
-        return make(ReplicatedLinear, prefix, rank, part.out_features)
+        return self.make(ReplicatedLinear, prefix, inputs, part.out_features)
 
-    def interpolation(rank: int, parts: list[Part]) -> tuple[LinearBase, dict[Part, int]]:
+    def interpolation(self, rank: int, parts: list[Part]) -> tuple[LinearBase, dict[Part, int]]:
+        """The Linear of T, stacked for all the parts, and the rows that it has for each."""
         prefix = f"{parts[0].name}.id_t"
         rooms = {part: min(part.interpolated, part.width) for part in parts}
         if len(rooms) == 1:
-            return make(ReplicatedLinear, prefix, rank, rooms[parts[0]]), rooms
+            return self.make(ReplicatedLinear, prefix, rank, rooms[parts[0]]), rooms
         # Kernels ask for round sizes. The sum of all T's rows is round where the rank is, though
         # no T is; so is the sum of all widths. Give the last part what is left.
         everything = min(sum(p.interpolated for p in parts), sum(p.width for p in parts))
         rooms[parts[-1]] += everything - sum(rooms.values())
         sizes = list(rooms.values())
-        return make(MergedColumnParallelLinear, prefix, rank, sizes, disable_tp=True), rooms
+        return self.make(MergedColumnParallelLinear, prefix, rank, sizes, disable_tp=True), rooms
 
-    if part.layout is None:
-        return DensePart(part, last(part.name, part.in_features))
-    rank = part.layout.rank
-    if part.layout.form == "cur":
-        r = first(f"{part.name}.cur_r", rank)
-        u = make(ReplicatedLinear, f"{part.name}.cur_u", rank, rank)
-        return CURPart(part, part.layout, r, u, last(f"{part.name}.cur_c", rank))
-    leader = next(p for p in parts if p.layout and p.layout.shared_skeleton is None)
-    return RowIDPart(
-        leader,
-        rank,
-        first(f"{leader.name}.id_s", rank),
-        [interpolation(rank, alike) for alike in _by_scheme(layer, parts, inner)],
-        [p for p in parts if not p.interpolated],
-    )
+    def scheme(self, name: str) -> Any:
+        """How compressed-tensors quantizes the Linear ``name``; None where it does not."""
+        return self.inner and self.inner.get_scheme_dict(self.layer, name)
 
-
-def _by_scheme(
-    layer: LinearBase, parts: Sequence[Part], inner: QuantizationConfig | None
-) -> list[list[Part]]:
-    """The parts that have a T, those together whose T are quantized alike."""
-    groups: list[tuple[Any, list[Part]]] = []
-    for part in parts:
-        if not part.interpolated:
-            continue
-        scheme = inner and inner.get_scheme_dict(layer, f"{part.name}.id_t")
-        for known, alike in groups:
-            if known == scheme:
-                alike.append(part)
-                break
-        else:
-            groups.append((scheme, [part]))
-    return [alike for _, alike in groups]
+    def alike(self, items: Sequence[Any], name: Callable[[Any], str]) -> list[list[Any]]:
+        """The items, those together whose Linears are quantized alike."""
+        groups: list[tuple[Any, list[Any]]] = []
+        for item in items:
+            scheme = self.scheme(name(item))
+            for known, alike in groups:
+                if known == scheme:
+                    alike.append(item)
+                    break
+            else:
+                groups.append((scheme, [item]))
+        return [alike for _, alike in groups]
