@@ -381,22 +381,23 @@ def all_first_stages_are_one_product() -> None:
 @check
 def cur_is_served_in_its_compact_form() -> None:
     """Two products, of r (m + n - r) numbers."""
-    for names, kind, sizes in (
-        (["gate_proj", "up_proj"], MergedColumnParallelLinear, (WIDTH, [24, 24])),
-        (["o_proj"], RowParallelLinear, (WIDTH, 24)),
-    ):
-        examples = {name: Example("cur", 24, seed) for seed, name in enumerate(names)}
-        fused = "gate_up_proj" if len(names) > 1 else names[0]
-        with built(kind, fused, examples, *sizes) as layer:
-            weights = dict(layer.named_parameters())
-            for shard, example in enumerate(examples.values()):
-                for key, tensor in example.tensors.items():
-                    arguments = (shard,) if len(names) > 1 else ()
-                    weights[key].weight_loader(weights[key], tensor, *arguments)
-            layer.quant_method.process_weights_after_loading(layer)
-            kept = sum(parameter.numel() for parameter in layer.parameters())
-            ranks = [example.layout.rank for example in examples.values() if example.layout]
-            assert kept == sum(r * (24 + WIDTH - r) for r in ranks), kept
+    example = Example("cur", 24, 1)
+    with built(RowParallelLinear, "o_proj", {"o_proj": example}, WIDTH, 24) as layer:
+        weights = dict(layer.named_parameters())
+        for key, tensor in example.tensors.items():
+            weights[key].weight_loader(weights[key], tensor)
+        layer.quant_method.process_weights_after_loading(layer)
+        kept = sum(parameter.numel() for parameter in layer.parameters())
+        assert kept == 4 * (24 + WIDTH - 4), kept
+
+
+@check
+def small_second_stages_are_one_block_matrix() -> None:
+    examples = {name: Example("id", 24, seed) for seed, name in enumerate(("gate_proj", "up_proj"))}
+    with built(MergedColumnParallelLinear, "gate_up_proj", examples, WIDTH, [24, 24]) as layer:
+        load(layer, examples)
+        assert len(layer.stages[0].second) == 1
+        compare(layer, examples)
 
 
 @check
@@ -485,7 +486,7 @@ def one_first_and_one_second_stage() -> None:
             total = sum(len(example.product) for example in examples.values())
             assert linears_below(layer) == {
                 "stages.0.first": (WIDTH, 20),
-                "stages.0.parts.0.id_t.0": (20, total - 20),
+                "stages.0.second.0.0": (20, total - 20),
             }
 
 
@@ -571,7 +572,7 @@ def quantized_second_stages_are_stacked() -> None:
     for scheme in ("W4A16", "W8A8"):
         for leader in QKV:
             got, wanted, layer = quantized(dict.fromkeys(QKV, scheme), direct, x, leader=leader)
-            [stage] = layer.stages[0].parts[0].id_t
+            [[stage]] = layer.stages[0].second
             assert stage.output_size == 96
             assert not isinstance(stage.quant_method, UnquantizedLinearMethod)
             error = (got - wanted).norm() / wanted.norm()
@@ -612,7 +613,7 @@ def quantized_second_stages_of_every_rank() -> None:
         # 32, 6 and 16 rows at most, which no kernel takes; so 64, as for a row ID of all three.
         direct = {"q_proj": 0, "k_proj": 26, "v_proj": 6}
         got, wanted, layer = quantized(dict.fromkeys(QKV, scheme), direct, x, rank=rank, size=2)
-        assert layer.stages[0].parts[0].id_t[0].output_size == 64
+        assert layer.stages[0].second[0][0].output_size == 64
         error = (got - wanted).norm() / wanted.norm()
         assert error < (0.01 if scheme == "W4A16" else 0.03), (scheme, rank, error)
 
@@ -627,7 +628,7 @@ def second_stages_that_are_quantized_differently() -> None:
         ({"k_proj": "W8A8"}, [64, 32]),
     ):
         got, wanted, layer = quantized(schemes, direct, x)
-        assert [stage.output_size for stage in layer.stages[0].parts[0].id_t] == stages
+        assert [chain[0].output_size for chain in layer.stages[0].second] == stages
         error = (got - wanted).norm() / wanted.norm()
         assert error < 0.03, (schemes, error)
 

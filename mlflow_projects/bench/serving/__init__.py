@@ -1,0 +1,1 @@
+"""Speed of served models, beside the dense one: see ``__main__.py``, which is the command."""

@@ -1,0 +1,251 @@
+"""Speed of served models: dense, factored, quantized, and both, through vLLM's engine.
+
+    python mlflow_projects/bench/serving --models llama-1b --variants id-0.8,id-0.5
+
+Random weights of real shapes. Every variant is measured beside the dense model: one repetition of
+each in turn, in engines that are both loaded, so that whatever else slows the machine slows both;
+the speed-up is the median of the repetitions' ratios. Run it on an idle machine.
+
+Decode: 16 tokens behind prompts of 16, at batch 1, 8 and 32. Prefill: prompts of 512, at batch 1
+and 8. The linear layers' share of the time is from a profile of one more repetition; with it comes
+their own speed-up, to be compared with the bytes that they no longer read. A row that exists is
+kept, so an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+if not __package__:  # run as a folder: let its modules find each other by the package's name
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(1, str(Path(__file__).resolve().parents[3] / "tools"))
+
+from quality.results import Row, put_row, read_rows
+from vllm_server import CPU_SETTINGS, vllm_program
+
+from serving.forms import (
+    DENSE,
+    MODELS,
+    VARIANTS,
+    Variant,
+    make_checkpoint,
+    stored_ratio,
+    weight_bytes,
+)
+from serving.report import log_run, plot, table
+
+OUTPUT = Path("bench_out/serving.json")
+PHASES = [("decode", 1), ("decode", 8), ("decode", 32), ("prefill", 1), ("prefill", 8)]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", type=_names(MODELS), default=list(MODELS))
+    parser.add_argument("--variants", type=_names(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"JSON file [{OUTPUT}]")
+    parser.add_argument("--no-mlflow", action="store_true", help="log nothing")
+    options = parser.parse_args(arguments)
+    if options.repetitions < 1:
+        parser.error(f"--repetitions {options.repetitions}: at least 1 is needed.")
+    try:
+        read_rows(options.output, key)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what is missing, print the table, draw the plot. 1 where a variant failed."""
+    options = parse(arguments)
+    vllm_program()  # or say now how to get one
+    rows = read_rows(options.output, key)
+    known = {(row["model"], row["form"], row["ratio"], row["quantization"]) for row in rows}
+    failed = []
+    for model in options.models:
+        todo = [
+            VARIANTS[name]
+            for name in options.variants
+            if (model, *asdict(VARIANTS[name]).values()) not in known
+        ]
+        if not todo:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            try:
+                failed += measure_model(model, todo, folder, options)
+            except KeyboardInterrupt:
+                print("Interrupted. The rows so far are kept: the same command continues.")
+                return 130
+    rows = read_rows(options.output, key)
+    if rows:
+        figure = options.output.with_suffix(".png")
+        partial = figure.with_name(f".{os.getpid()}.{figure.name}")
+        plot(rows).savefig(partial, dpi=150)
+        os.replace(partial, figure)
+        print(f"\n{table(rows)}\n\nIn {options.output} and {figure}")
+        if not options.no_mlflow:
+            log_run(rows, options.output, figure)
+    if failed:
+        print(f"Failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def measure_model(
+    model: str, variants: list[Variant], folder: Path, options: argparse.Namespace
+) -> list[str]:
+    """Measure variants of one model beside the dense one; the names of those that failed."""
+    failed = []
+    dense = folder / "dense"
+    print(f"{model}: making the dense checkpoint", flush=True)
+    make_checkpoint(model, DENSE, dense)
+    with engine(dense, folder / "dense.log") as (beside, dense_loaded):
+        for number, variant in enumerate(variants, start=1):
+            print(f"[{number}/{len(variants)}] {model}, {variant}", flush=True)
+            directory = folder / str(variant)
+            try:
+                make_checkpoint(model, variant, directory)
+                with engine(directory, folder / f"{variant}.log") as (own, loaded):
+                    rows = compare(own, beside, options.repetitions)
+            except (EOFError, RuntimeError) as error:
+                failed.append(f"{model} {variant}")
+                log = folder / f"{variant}.log"
+                tail = log.read_text()[-2000:] if log.exists() else ""
+                print(f"    failed: {error!r}\n{tail}", flush=True)
+                continue
+            for row in rows:
+                row |= {
+                    "model": model,
+                    **asdict(variant),
+                    "weight_bytes": weight_bytes(directory),
+                    "dense_bytes": weight_bytes(dense),
+                    "projection_bytes_ratio": stored_ratio(directory, dense),
+                    "load_seconds": loaded["load_seconds"],
+                    "dense_load_seconds": dense_loaded["load_seconds"],
+                    "vllm": loaded["vllm"],
+                    "repetitions": options.repetitions,
+                }
+                put_row(options.output, row, key)
+                print(
+                    f"    {row['phase']:>7} {row['batch']:>2}: "
+                    f"{row['tokens_per_second']:8.1f} tokens/s, {row['speedup_over_dense']:.2f} "
+                    f"times dense, linear layers {row['linear_speedup']:.2f}",
+                    flush=True,
+                )
+            for file in directory.iterdir():
+                file.unlink()
+    return failed
+
+
+def compare(own: Connection, dense: Connection, repetitions: int) -> list[Row]:
+    """Both engines in turn, phase by phase."""
+    rows = []
+    for phase, batch in PHASES:
+        pairs: list[tuple[dict[str, float], dict[str, float]]] = []
+        for repetition in range(repetitions + 1):
+            pair = [ask(which, "measure", phase, batch) for which in (own, dense)]
+            if repetition:  # the first one warms up
+                pairs.append((pair[0], pair[1]))
+        profiles = [ask(which, "profile", phase, batch) for which in (own, dense)]
+        speeds = [mine["tokens_per_second"] for mine, _ in pairs]
+        ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
+        rows.append(
+            {
+                "phase": phase,
+                "batch": batch,
+                "tokens_per_second": median(speeds),
+                "speedup_over_dense": median(ratios),
+                "speedup_range": [min(ratios), max(ratios)],
+                "seconds_to_first_token": median(mine["first_token"] for mine, _ in pairs),
+                "linear_share": profiles[0]["linear"] / profiles[0]["whole"],
+                "dense_linear_share": profiles[1]["linear"] / profiles[1]["whole"],
+                "linear_speedup": profiles[1]["linear"] / profiles[0]["linear"],
+                "peak_rss_bytes": profiles[0]["peak_rss_bytes"],
+                "dense_peak_rss_bytes": profiles[1]["peak_rss_bytes"],
+            }
+        )
+    return rows
+
+
+def ask(engine: Connection, method: str, *arguments: Any) -> dict[str, float]:
+    """What an engine answers."""
+    engine.send((method, arguments))
+    return engine.recv()
+
+
+@contextmanager
+def engine(model: Path, log: Path) -> Iterator[tuple[Connection, dict[str, Any]]]:
+    """A vLLM engine in a process of the serving environment, and how it loaded.
+
+    Raises:
+        RuntimeError: it ended before it was ready.
+    """
+    python = vllm_program().with_name("python")
+    script = Path(__file__).with_name("engine.py")
+    with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
+        address = str(Path(folder) / "socket")
+        with Listener(address) as listener:
+            process = subprocess.Popen(
+                [str(python), str(script), str(model), address],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=CPU_SETTINGS | dict(os.environ),
+            )
+            try:
+                connection = accepted(listener, process)
+                with connection:
+                    yield connection, connection.recv()
+            finally:
+                process.terminate()
+                process.wait()
+
+
+def accepted(listener: Listener, process: subprocess.Popen[bytes]) -> Connection:
+    """The engine's connection; it is made before the model is loaded."""
+    import threading
+
+    def watch() -> None:  # an accept that nobody answers has no time limit of its own
+        process.wait()
+        listener.close()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        return listener.accept()
+    except OSError:
+        raise RuntimeError(f"the engine ended with status {process.wait()}") from None
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What a row measures."""
+    return tuple(row[k] for k in ("model", "form", "ratio", "quantization", "phase", "batch"))
+
+
+def _names(known: Any) -> Any:
+    def parse_names(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(
+                f"unknown {', '.join(unknown) or repr(text)}; choose from {', '.join(known)}."
+            )
+        return names
+
+    return parse_names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

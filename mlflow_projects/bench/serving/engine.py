@@ -1,0 +1,141 @@
+"""One vLLM engine that is measured on demand, in the environment that serves.
+
+    python engine.py MODEL SOCKET
+
+connects to SOCKET, says how it loaded, and answers requests until the other side hangs up. The
+engine runs in this process, so that the profiler sees its kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from multiprocessing.connection import Client
+from typing import Any
+from unittest import mock
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+PROMPT, STEPS, PREFILL = 16, 16, 512  # tokens
+LARGEST_BATCH = 32
+# Kernels that multiply by a weight, on the CPU and on GPUs: vLLM's own and PyTorch's.
+PRODUCTS = re.compile(
+    r"onednn_mm|onednn_scaled_mm|weight_packed_linear|cpu_gemm_wna16|int4_scaled_mm|int8_scaled_mm"
+    r"|aten::(linear|addmm|mm|bmm)$|gptq_marlin_gemm|marlin|machete|cutlass_scaled_mm"
+)
+
+
+@contextmanager
+def timed_loading() -> Iterator[list[float]]:
+    """Collects the seconds that vLLM takes to read the weights and to prepare them."""
+    seconds: list[float] = []
+    load = BaseModelLoader.load_model
+
+    @wraps(load)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        model = load(*args, **kwargs)
+        seconds.append(time.perf_counter() - started)
+        return model
+
+    with mock.patch.object(BaseModelLoader, "load_model", timed):
+        yield seconds
+
+
+class Engine:
+    """A model that is ready to be measured."""
+
+    def __init__(self, model: str) -> None:
+        with timed_loading() as seconds:
+            self.llm = LLM(
+                model,
+                dtype="bfloat16",
+                skip_tokenizer_init=True,
+                max_model_len=PREFILL + 16,
+                max_num_seqs=LARGEST_BATCH,
+                max_num_batched_tokens=8 * PREFILL,
+                enable_prefix_caching=False,  # every repetition computes its prompts
+            )
+        [self.load_seconds] = seconds
+        self.vocabulary = self.llm.model_config.get_vocab_size()
+        self._generator = torch.Generator().manual_seed(0)
+
+    def generate(self, batch: int, prompt: int, new: int) -> float:
+        """Seconds for ``batch`` prompts of random tokens and ``new`` tokens each."""
+        ids = torch.randint(self.vocabulary, (batch, prompt), generator=self._generator).tolist()
+        prompts = [TokensPrompt(prompt_token_ids=one) for one in ids]
+        parameters = SamplingParams(
+            temperature=0, max_tokens=new, ignore_eos=True, detokenize=False
+        )
+        started = time.perf_counter()
+        self.llm.generate(prompts, parameters, use_tqdm=False)
+        return time.perf_counter() - started
+
+    def measure(self, phase: str, batch: int) -> dict[str, float]:
+        """Tokens a second of one phase."""
+        if phase == "prefill":
+            seconds = self.generate(batch, PREFILL, 1)
+            return {"tokens_per_second": batch * PREFILL / seconds, "first_token": seconds}
+        first = self.generate(batch, PROMPT, 1)
+        seconds = self.generate(batch, PROMPT, 1 + STEPS) - first
+        return {"tokens_per_second": batch * STEPS / seconds, "first_token": first}
+
+    def profile(self, phase: str, batch: int) -> dict[str, float]:
+        """Seconds in products with weights, those with the vocabulary apart, and in all."""
+        with torch.profiler.profile(record_shapes=True) as profile:
+            if phase == "prefill":
+                self.generate(batch, PREFILL, 1)
+            else:
+                self.generate(batch, PROMPT, 1 + STEPS)
+        linear = head = whole = 0.0
+        events = profile.key_averages(group_by_input_shape=True)
+        for event in events:
+            seconds = (event.self_cpu_time_total + event.self_device_time_total) / 1e6
+            whole += seconds
+            if PRODUCTS.search(event.key):
+                if any(self.vocabulary in shape for shape in event.input_shapes if shape):
+                    head += seconds
+                else:
+                    linear += seconds
+        return {"linear": linear, "head": head, "whole": whole}
+
+
+def main(model: str, address: str) -> None:
+    """Answer requests: ``(method, arguments)``, until there are no more."""
+    with Client(address) as connection:
+        engine = Engine(model)
+        connection.send({"load_seconds": engine.load_seconds, "vllm": _version()})
+        while True:
+            try:
+                method, arguments = connection.recv()
+            except EOFError:
+                return
+            connection.send(answer(engine, method, arguments))
+
+
+def answer(engine: Engine, method: str, arguments: tuple[Any, ...]) -> dict[str, float]:
+    """What a method of the engine gives, with the most memory that this process has held."""
+    found = getattr(engine, method)(*arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return found | {"peak_rss_bytes": peak}
+
+
+def _version() -> str:
+    import vllm
+
+    return vllm.__version__
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

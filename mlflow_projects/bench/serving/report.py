@@ -1,0 +1,116 @@
+"""The table, the plot and the MLflow run of the serving benchmark."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quality.results import Row
+
+__all__ = ["log_run", "machine", "plot", "table"]
+
+COLOURS = {"id": "#0072B2", "cur": "#D55E00", "dense": "#009E73"}  # Okabe and Ito
+MARKERS = {None: "o", "W4A16": "s", "W8A8": "^"}
+
+
+def name_of(row: Row) -> str:
+    """The variant of a row."""
+    factored = row["form"] if row["ratio"] is None else f"{row['form']}-{row['ratio']:g}"
+    return factored if row["quantization"] is None else f"{factored} {row['quantization']}"
+
+
+def machine() -> str:
+    """Processor and cores."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Speed over dense by phase, a line for each variant; in brackets the linear layers' own."""
+    phases = list(dict.fromkeys((row["phase"], row["batch"]) for row in rows))
+    lines = [f"Tokens a second ÷ dense, on {machine()}; (linear layers alone)"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        header = f"{model:<16}{'bytes':>7}{'load':>6}"
+        lines += ["", header + "".join(f"{f'{p} {b}':>15}" for p, b in phases)]
+        for variant in dict.fromkeys(map(name_of, own)):
+            found = {(r["phase"], r["batch"]): r for r in own if name_of(r) == variant}
+            some = next(iter(found.values()))
+            load = some["load_seconds"] / some["dense_load_seconds"]
+            line = f"{variant:<16}{some['projection_bytes_ratio']:>7.3f}{load:>6.2f}"
+            for phase in phases:
+                row = found.get(phase)
+                cell = (
+                    f"{row['speedup_over_dense']:.2f} ({row['linear_speedup']:.2f})" if row else ""
+                )
+                line += f"{cell:>15}"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row]) -> Any:
+    """Speed over bytes, a panel for each model and for decode and prefill at batch 1."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(10, 4 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), 2, squeeze=False)
+    for model, line in zip(models, panels, strict=True):
+        for phase, axes in zip(("decode", "prefill"), line, strict=True):
+            shown = [
+                row
+                for row in rows
+                if (row["model"], row["phase"], row["batch"]) == (model, phase, 1)
+            ]
+            for row in shown:
+                style: dict[str, Any] = {
+                    "marker": MARKERS[row["quantization"]],
+                    "color": COLOURS[row["form"]],
+                }
+                x = row["projection_bytes_ratio"]
+                axes.plot(x, row["speedup_over_dense"], **style)
+                axes.plot(x, row["linear_speedup"], fillstyle="none", **style)
+                axes.annotate(
+                    name_of(row),
+                    (x, row["speedup_over_dense"]),
+                    xytext=(5, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+            least = min((row["projection_bytes_ratio"] for row in shown), default=0.5)
+            x = np.linspace(min(0.95 * least, 0.5), 1, 50)
+            axes.plot(x, 1 / x, "k--", linewidth=1, label="what the bytes allow")
+            axes.axhline(1, color="black", linewidth=0.8)
+            axes.set(
+                title=f"{model}, {phase}, batch 1",
+                xlabel="bytes of the projections ÷ dense",
+                ylabel="speed ÷ dense (open: linear layers alone)",
+                yscale="log",
+            )
+            axes.legend(loc="upper right")
+            axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def log_run(rows: Sequence[Row], results: Path, figure: Path) -> None:
+    """One MLflow run: every speed as a metric, with the files."""
+    import mlflow
+
+    mlflow.set_experiment("cur_modifier-serving")
+    with mlflow.start_run(run_name="bench-serving"):
+        mlflow.log_params({"machine": machine(), "vllm": rows[-1]["vllm"]})
+        for row in rows:
+            where = f"{row['model']}/{name_of(row)}/{row['phase']}-{row['batch']}".replace(" ", "-")
+            for what in ("tokens_per_second", "speedup_over_dense", "linear_speedup"):
+                mlflow.log_metric(f"{where}/{what}", row[what])
+        mlflow.log_artifact(str(results))
+        mlflow.log_artifact(str(figure))
+        mlflow.log_text(table(rows), "table.txt")
