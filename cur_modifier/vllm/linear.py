@@ -6,7 +6,7 @@ ranks and choose their kernels, each by its name in the checkpoint.
 
 The first stages of all parts (S, R, dense weights) are stacked into one product, and parts that
 share a skeleton have their T stacked. What comes out is put in order by one gather for the whole
-layer, of pairs of outputs where all pairs stay together: see :func:`gathering`.
+layer, of pairs of outputs where all pairs stay together: see :mod:`~cur_modifier.vllm.order`.
 
 Tensor parallelism. A column-parallel Linear splits the last factor (C or T) by outputs and repeats
 the first (R or S), since every rank needs all of ``z``. A row-parallel Linear splits the first
@@ -28,6 +28,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from cur_modifier.layout import LayoutError, ModuleLayout
+from cur_modifier.vllm.order import gathering, in_order
 from cur_modifier.vllm.parts import Part, make_stages
 from cur_modifier.vllm.slots import Slots
 
@@ -109,36 +110,11 @@ class FactoredLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         pieces = [piece for stage in layer.stages for piece in stage(x)]
-        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         if layer.output_order is not None:
-            order = layer.output_order.expand(*y.shape[:-1], -1)
-            y = y.view(layer.output_word).gather(-1, order).view(y.dtype)
+            y = in_order(pieces, layer.output_order, layer.output_word)
+        else:
+            y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         return y if bias is None else y + bias
-
-
-def gathering(
-    order: torch.Tensor, entries: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.dtype]:
-    """What to gather to put outputs in order, and as words of which type.
-
-    Where outputs ``2i`` and ``2i + 1`` are neighbours among the ``entries`` computed, two of them
-    are one word: half as many to move, and in bfloat16 words that processors gather in hardware. At
-    256 tokens that takes 3 % of a 2048×2048 product in place of 33 %.
-
-    Args:
-        order: which entry each output is.
-    """
-    first, second = order[::2], order[1::2]
-    word = {2: torch.int32, 4: torch.int64}.get(dtype.itemsize)
-    if (
-        word is None
-        or len(order) % 2
-        or entries % 2
-        or bool((first % 2).any())
-        or not torch.equal(second, first + 1)
-    ):
-        return order, dtype
-    return first // 2, word
 
 
 def split(layer: Any, layouts: Mapping[str, ModuleLayout | None], in_features: int) -> list[Part]:

@@ -35,6 +35,7 @@ from quality.results import Row, put_row, read_rows
 from vllm_server import CPU_SETTINGS, vllm_program
 
 from serving.forms import (
+    DEFAULT,
     DENSE,
     MODELS,
     VARIANTS,
@@ -54,8 +55,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", type=_names(MODELS), default=list(MODELS))
-    parser.add_argument("--variants", type=_names(VARIANTS), default=list(VARIANTS))
+    parser.add_argument(
+        "--models", type=_names(MODELS), default=list(MODELS), help=", ".join(MODELS)
+    )
+    parser.add_argument(
+        "--variants", type=_names(VARIANTS), default=DEFAULT, help=", ".join(VARIANTS)
+    )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"JSON file [{OUTPUT}]")
     parser.add_argument("--no-mlflow", action="store_true", help="log nothing")
@@ -156,10 +161,11 @@ def compare(own: Connection, dense: Connection, repetitions: int) -> list[Row]:
     rows = []
     for phase, batch in PHASES:
         pairs: list[tuple[dict[str, float], dict[str, float]]] = []
-        for repetition in range(repetitions + 1):
+        for which in (own, dense):  # warms up
+            ask(which, "generate", batch, 16, 2)
+        for _ in range(repetitions):
             pair = [ask(which, "measure", phase, batch) for which in (own, dense)]
-            if repetition:  # the first one warms up
-                pairs.append((pair[0], pair[1]))
+            pairs.append((pair[0], pair[1]))
         profiles = [ask(which, "profile", phase, batch) for which in (own, dense)]
         speeds = [mine["tokens_per_second"] for mine, _ in pairs]
         ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]

@@ -127,6 +127,8 @@ def main(model: str, address: str) -> None:
 def answer(engine: Engine, method: str, arguments: tuple[Any, ...]) -> dict[str, float]:
     """What a method of the engine gives, with the most memory that this process has held."""
     found = getattr(engine, method)(*arguments)
+    if not isinstance(found, dict):
+        found = {"seconds": found}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found | {"peak_rss_bytes": peak}
 
