@@ -16,6 +16,9 @@ METHODS ?=
 RATIOS ?=
 CALIB ?=
 DATA ?=
+# What bench-serving measures, likewise.
+MODELS ?=
+VARIANTS ?=
 
 COMPRESS := $(VENVS)/compress
 SERVE := $(VENVS)/serve
@@ -32,7 +35,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint lint-style lint-format lint-types lint-imports bench-factorize \
-	bench-quality bench-stacking clean $(COMPRESS) $(SERVE)
+	bench-quality bench-stacking bench-serving clean $(COMPRESS) $(SERVE)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[^\t#:]+:.*## / { sub(/\$$\(COMPRESS\)/, "$(COMPRESS)", $$1); \
@@ -70,6 +73,10 @@ bench-quality: $(COMPRESS_READY) ## measure perplexity at a given size, ours and
 
 bench-stacking: $(COMPRESS_READY) ## bytes on disk against perplexity: GPTQ alone, and factored + GPTQ (DATA=)
 	$(COMPRESS)/bin/python mlflow_projects/bench/stacking.py $(if $(DATA),--data '$(DATA)')
+
+bench-serving: $(COMPRESS_READY) $(SERVE_READY) ## speed through vLLM, factored and quantized beside dense (MODELS=, VARIANTS=)
+	$(COMPRESS)/bin/python mlflow_projects/bench/serving $(if $(MODELS),--models '$(MODELS)') \
+		$(if $(VARIANTS),--variants '$(VARIANTS)')
 
 $(COMPRESS): $(COMPRESS_READY) ## the environment that compresses: llm-compressor, MLflow, the linters
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from architectures import ARCHITECTURES, CUR, REST, ROW_ID, SHARED, build, factor
 from datasets import Dataset
-from serving import Answers, by_transformers, result, served, side_by_side
+from served import Answers, by_transformers, result, served, side_by_side
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 

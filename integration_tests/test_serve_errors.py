@@ -15,7 +15,7 @@ import torch
 from architectures import CUR, ROW_ID, build, factor
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from serving import serve_quietly, side_by_side, vllm_server
+from served import serve_quietly, side_by_side, vllm_server
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 

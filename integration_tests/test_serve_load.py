@@ -22,7 +22,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from openai import APIStatusError, AsyncOpenAI
 from scipy import stats
-from serving import ONE_THREAD, vllm_server
+from served import ONE_THREAD, vllm_server
 from support import CUR, ROUND_TO_NEAREST, recipe_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

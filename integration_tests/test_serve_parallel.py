@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import CUR_TARGETS, ID_TARGETS, build, factor
 from datasets import Dataset
-from serving import by_transformers, result, served, side_by_side
+from served import by_transformers, result, served, side_by_side
 from support import MIXED, ROUND_TO_NEAREST, W8A8
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from serving import vllm_server
+from served import vllm_server
 
 pytestmark = pytest.mark.serve
 

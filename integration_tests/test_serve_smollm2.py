@@ -15,7 +15,7 @@ import torch
 import yaml
 from datasets import Dataset
 from llmcompressor import oneshot
-from serving import Answers, by_transformers, result, serve_quietly, served, side_by_side
+from served import Answers, by_transformers, result, serve_quietly, served, side_by_side
 from support import ID, REPOSITORY, ROUND_TO_NEAREST, W8A8, load_script, recipe_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -22,7 +22,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from multiprocessing.connection import Connection, Listener
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -126,7 +127,7 @@ def measure_model(
                 make_checkpoint(model, variant, directory)
                 with engine(directory, folder / f"{variant}.log") as (own, loaded):
                     rows = compare(own, beside, options.repetitions)
-            except (EOFError, RuntimeError) as error:
+            except (EOFError, ValueError) as error:
                 failed.append(f"{model} {variant}")
                 log = folder / f"{variant}.log"
                 tail = log.read_text()[-2000:] if log.exists() else ""
@@ -198,41 +199,25 @@ def engine(model: Path, log: Path) -> Iterator[tuple[Connection, dict[str, Any]]
     """A vLLM engine in a process of the serving environment, and how it loaded.
 
     Raises:
-        RuntimeError: it ended before it was ready.
+        EOFError: it ended before it was ready, or where the connection is used, before it answered.
     """
     python = vllm_program().with_name("python")
     script = Path(__file__).with_name("engine.py")
-    with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
-        address = str(Path(folder) / "socket")
-        with Listener(address) as listener:
-            process = subprocess.Popen(
-                [str(python), str(script), str(model), address],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=CPU_SETTINGS | dict(os.environ),
-            )
-            try:
-                connection = accepted(listener, process)
-                with connection:
-                    yield connection, connection.recv()
-            finally:
-                process.terminate()
-                process.wait()
-
-
-def accepted(listener: Listener, process: subprocess.Popen[bytes]) -> Connection:
-    """The engine's connection; it is made before the model is loaded."""
-    import threading
-
-    def watch() -> None:  # an accept that nobody answers has no time limit of its own
-        process.wait()
-        listener.close()
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        return listener.accept()
-    except OSError:
-        raise RuntimeError(f"the engine ended with status {process.wait()}") from None
+    ours, theirs = Pipe()
+    with log.open("wb") as output, ours:
+        process = subprocess.Popen(
+            [str(python), str(script), str(model), str(theirs.fileno())],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=CPU_SETTINGS | dict(os.environ),
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()  # the engine holds the only other one, so its end ends the wait
+        try:
+            yield ours, ours.recv()
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def key(row: Row) -> tuple[Any, ...]:

@@ -1,9 +1,9 @@
 """One vLLM engine that is measured on demand, in the environment that serves.
 
-    python engine.py MODEL SOCKET
+    python engine.py MODEL DESCRIPTOR
 
-connects to SOCKET, says how it loaded, and answers requests until the other side hangs up. The
-engine runs in this process, so that the profiler sees its kernels.
+says on the connection behind that file descriptor how it loaded, and answers requests until the
+other side hangs up. The engine runs in this process, so that the profiler sees its kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
-from multiprocessing.connection import Client
+from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
 
@@ -111,9 +111,9 @@ class Engine:
         return {"linear": linear, "head": head, "whole": whole}
 
 
-def main(model: str, address: str) -> None:
+def main(model: str, descriptor: str) -> None:
     """Answer requests: ``(method, arguments)``, until there are no more."""
-    with Client(address) as connection:
+    with Connection(int(descriptor)) as connection:
         engine = Engine(model)
         connection.send({"load_seconds": engine.load_seconds, "vllm": _version()})
         while True:

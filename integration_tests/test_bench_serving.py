@@ -1,0 +1,86 @@
+"""Speed as it is measured: two real engines in turn, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+from serving import __main__ as bench
+from serving.forms import MODELS, VARIANTS
+
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+FIELDS = {
+    "model": "tiny",
+    "form": "id",
+    "ratio": 0.5,
+    "quantization": None,
+}
+
+
+@pytest.mark.serve
+@pytest.mark.slow
+def test_rows_are_measured_kept_drawn_and_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    monkeypatch.setattr(bench, "PHASES", [("decode", 1), ("prefill", 8)])
+    output = tmp_path / "serving.json"
+    given = ["--models=tiny", "--variants=id-0.5", "--repetitions=1", f"--output={output}"]
+    assert bench.main(given) == 0
+    rows = json.loads(output.read_text())
+    assert [(row["phase"], row["batch"]) for row in rows] == [("decode", 1), ("prefill", 8)]
+    for row in rows:
+        assert {name: row[name] for name in FIELDS} == FIELDS
+        assert row["tokens_per_second"] > 0 and row["speedup_over_dense"] > 0
+        assert 0 < row["linear_share"] < 1
+        assert 0 < row["weight_bytes"] < row["dense_bytes"]
+        assert 0.4 < row["projection_bytes_ratio"] < 0.51  # orders are bytes, too
+    assert (tmp_path / "serving.png").read_bytes().startswith(b"\x89PNG")
+    assert "id-0.5" in capsys.readouterr().out
+    [run] = mlflow.search_runs(experiment_names=["cur_modifier-serving"], output_format="list")
+    speed = rows[0]["speedup_over_dense"]
+    assert run.data.metrics["tiny/id-0.5/decode-1/speedup_over_dense"] == pytest.approx(speed)
+
+    before = output.read_text()
+    assert bench.main(given) == 0  # all is there: no engine is started
+    assert output.read_text() == before
+
+
+def test_a_model_that_does_not_load_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        pytest.raises(EOFError),
+        bench.engine(tmp_path / "nothing", tmp_path / "engine.log"),
+    ):
+        pass
+    assert "nothing" in (tmp_path / "engine.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--variants=id-0.4"], "unknown id-0.4; choose from id-0.8"),
+        (["--models=gpt"], "unknown gpt; choose from llama-1b, smollm2"),
+        (["--repetitions=0"], "at least 1 is needed"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert reason in capsys.readouterr().err
+
+
+def test_every_variant_has_a_name_of_its_own() -> None:
+    assert len({str(variant) for variant in VARIANTS.values()}) == len(VARIANTS)
