@@ -84,6 +84,7 @@ class PartFactors:
         first_stage: of which part, and which child, the first stage's tensors are.
         reads: how many numbers ``z`` has.
         direct: whether they are outputs, or at least are laid out among them.
+        whole: whether every rank computes all of ``z``.
         chains: for each piece, the Linears that make it of ``z``, one after another.
     """
 
@@ -93,6 +94,7 @@ class PartFactors:
         self.first_stage = (part, child)
         self.reads = reads
         self.direct = direct
+        self.whole = True
         self.chains = []
 
     @property
@@ -136,6 +138,7 @@ class DensePart(PartFactors):
 
     def __init__(self, part: Part) -> None:
         super().__init__(part, "", part.width, direct=True)
+        self.whole = part.tp_size == 1
 
     def declare(self, slots: Slots) -> None:
         pass
@@ -508,13 +511,9 @@ class _Factory:
         if isinstance(self.layer, RowParallelLinear):
             return [[run] for run in runs]
         ordered = sorted(runs, key=lambda run: not run.direct)
-        # A dense part is split over ranks, where skeletons are whole on each.
-        split = [isinstance(r, DensePart) and r.first_stage[0].tp_size > 1 for r in ordered]
-        alone = [run for run, apart in zip(ordered, split, strict=True) if apart]
-        groups = self.alike([r for r in ordered if r not in alone], lambda run: run.first_name)
-        return [[run] for run in alone] + [
-            part for group in groups for part in self._with_kernel(group)
-        ]
+        alone = [[run] for run in ordered if not run.whole]
+        groups = self.alike([run for run in ordered if run.whole], lambda run: run.first_name)
+        return alone + [part for group in groups for part in self._with_kernel(group)]
 
     def _with_kernel(self, runs: list[PartFactors]) -> list[list[PartFactors]]:
         """The runs as one group where their parameters can be stacked, else one by one."""
