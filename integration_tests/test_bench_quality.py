@@ -72,8 +72,11 @@ def test_statistics_are_those_of_what_every_projection_reads(bench_model: Path) 
     assert set(read) == set(statistics) and len(read) == 7 * LAYERS
     for name, x in read.items():
         rows = x.flatten(0, -2)
-        torch.testing.assert_close(statistics[name].gram, rows.mT @ rows / len(rows))
-        torch.testing.assert_close(statistics[name].mean_abs, rows.abs().mean(dim=0))
+        for seen, wanted in (
+            (statistics[name].gram, rows.mT @ rows / len(rows)),
+            (statistics[name].mean_abs, rows.abs().mean(dim=0)),
+        ):  # the products of the pass are in half precision
+            assert (seen - wanted).norm() < 0.02 * wanted.norm()
 
 
 @pytest.mark.parametrize("name", [n for n, method in METHODS.items() if not method.own_ratio])

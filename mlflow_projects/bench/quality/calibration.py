@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cur_modifier.linalg import GramAccumulator
+from cur_modifier.modifiers.training import half_products
 from quality.baselines import Inputs
 
 __all__ = ["input_statistics", "projections"]
@@ -64,6 +65,8 @@ def input_statistics(model: Any, windows: torch.Tensor) -> dict[str, Inputs]:
     model.eval()
     by_name: dict[str, _Statistics] = {}
     with ExitStack() as stack:
+        # As our own passes: three times as fast, and the sums are as wide as before.
+        stack.enter_context(half_products(model.dtype, windows.device))
         for name, linear in projections(model).items():
             layer, _, leaf = name.rpartition(".")
             for group in READERS:

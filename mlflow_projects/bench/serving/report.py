@@ -12,6 +12,7 @@ from quality.results import Row
 
 __all__ = ["log_run", "machine", "plot", "table"]
 
+EXPERIMENT = "cur_modifier-serving"
 COLOURS = {"id": "#0072B2", "cur": "#D55E00", "dense": "#009E73"}  # Okabe and Ito
 MARKERS = {None: "o", "W4A16": "s", "W8A8": "^"}
 
@@ -104,8 +105,9 @@ def log_run(rows: Sequence[Row], results: Path, figure: Path) -> None:
     """One MLflow run: every speed as a metric, with the files."""
     import mlflow
 
-    mlflow.set_experiment("cur_modifier-serving")
-    with mlflow.start_run(run_name="bench-serving"):
+    known = mlflow.get_experiment_by_name(EXPERIMENT)
+    experiment = known.experiment_id if known else mlflow.create_experiment(EXPERIMENT)
+    with mlflow.start_run(experiment_id=experiment, run_name="bench-serving"):
         mlflow.log_params({"machine": machine(), "vllm": rows[-1]["vllm"]})
         for row in rows:
             where = f"{row['model']}/{name_of(row)}/{row['phase']}-{row['batch']}".replace(" ", "-")
