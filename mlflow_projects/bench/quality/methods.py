@@ -123,6 +123,7 @@ TEN_LAYERS = {
     "targets": ["re:.*(q|k|gate)_proj$"],
     "layers": {"select": "angular", "count": 10},
     "form": "cur",
+    "multiple_of": 1,
 }
 # ... and U = C⁺ W R⁺.
 CURING = TEN_LAYERS | {
