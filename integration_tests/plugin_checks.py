@@ -417,7 +417,7 @@ def cur_whose_columns_have_no_safe_rows_is_served_all_the_same() -> None:
 
 @check
 def outputs_that_stay_in_pairs_are_moved_in_pairs() -> None:
-    for dtype, word in ((torch.bfloat16, torch.int32), (torch.float32, torch.int64)):
+    for dtype in (torch.bfloat16, torch.float32):
         examples = {name: Example("id", 24, 1, rank=6) for name in ("gate_proj", "up_proj")}
         for seed, example in enumerate(examples.values()):
             pairs = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
@@ -435,7 +435,7 @@ def outputs_that_stay_in_pairs_are_moved_in_pairs() -> None:
         )
         with layers as layer:
             load(layer, examples)
-            assert layer.output_word is word
+            assert len(layer.output_pairs) == 24
             x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(9))
             wanted = torch.cat([example(x) for example in examples.values()], -1)
             got = layer(x.to(dtype)).float()

@@ -6,7 +6,7 @@ ranks and choose their kernels, each by its name in the checkpoint.
 
 The first stages of all parts (S, R, dense weights) are stacked into one product, and parts that
 share a skeleton have their T stacked. What comes out is put in order by one gather for the whole
-layer, of pairs of outputs where all pairs stay together: see :mod:`~cur_modifier.vllm.order`.
+layer: see :mod:`~cur_modifier.vllm.order`.
 
 Tensor parallelism. A column-parallel Linear splits the last factor (C or T) by outputs and repeats
 the first (R or S), since every rank needs all of ``z``. A row-parallel Linear splits the first
@@ -28,7 +28,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from cur_modifier.layout import LayoutError, ModuleLayout
-from cur_modifier.vllm.order import gathering, in_order
+from cur_modifier.vllm.order import in_order, pairs_of
 from cur_modifier.vllm.parts import Part, make_stages
 from cur_modifier.vllm.slots import Slots
 
@@ -79,7 +79,8 @@ class FactoredLinearMethod(LinearMethodBase):
             )
         layer.stages = nn.ModuleList(make_stages(layer, parts, self.config.inner, params_dtype))
         layer.register_buffer("output_order", None, persistent=False)
-        layer.output_word = params_dtype
+        layer.register_buffer("output_pairs", None, persistent=False)
+        self.dtype = params_dtype
         slots = Slots(layer)
         for stage in layer.stages:
             stage.declare(slots)
@@ -105,13 +106,14 @@ class FactoredLinearMethod(LinearMethodBase):
         order = torch.cat([orders[part] for part in self.parts])
         if not torch.equal(order, torch.arange(start)):
             device = next(layer.parameters()).device
-            order, layer.output_word = gathering(order, start, layer.output_word)
+            pairs = pairs_of(order, start, self.dtype)
             layer.output_order = order.to(device)
+            layer.output_pairs = None if pairs is None else pairs.to(device)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         pieces = [piece for stage in layer.stages for piece in stage(x)]
         if layer.output_order is not None:
-            y = in_order(pieces, layer.output_order, layer.output_word)
+            y = in_order(pieces, layer.output_order, layer.output_pairs)
         else:
             y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         return y if bias is None else y + bias
