@@ -341,13 +341,18 @@ def fused_in_the_checkpoint() -> None:
                 compare(layer, examples)
 
 
-@check
-def compiled_without_a_graph_break() -> None:
-    examples = {
+def one_of_each_form() -> dict[str, Example]:
+    """q, k and v as a row ID, CUR and a dense weight."""
+    return {
         "q_proj": Example("id", 32, 0),
         "k_proj": Example("cur", 16, 1),
         "v_proj": Example("dense", 16, 2),
     }
+
+
+@check
+def compiled_without_a_graph_break() -> None:
+    examples = one_of_each_form()
     with built(QKVParallelLinear, "qkv_proj", examples, WIDTH, HEAD, 4, 2) as layer:
         load(layer, examples)
         x = torch.randn(5, WIDTH)
@@ -366,11 +371,7 @@ def linears_below(layer: Any) -> dict[str, tuple[int, int]]:
 
 @check
 def all_first_stages_are_one_product() -> None:
-    examples = {
-        "q_proj": Example("id", 32, 0),
-        "k_proj": Example("cur", 16, 1),
-        "v_proj": Example("dense", 16, 2),
-    }
+    examples = one_of_each_form()
     with built(QKVParallelLinear, "qkv_proj", examples, WIDTH, HEAD, 4, 2) as layer:
         load(layer, examples)
         [stage] = layer.stages

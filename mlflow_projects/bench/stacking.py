@@ -29,7 +29,7 @@ from typing import Any
 
 from quality.methods import BUDGET, ID
 from quality.protocol import DATA, REPOSITORY, WIKI_TEST, WIKI_VALID, model_directory
-from quality.results import Row, put_row, read_rows
+from quality.results import Row, put_figure, put_row, read_rows
 
 OUTPUT = Path("bench_out/stacking.json")
 DENSE_GROUP, FACTORED_GROUP = 64, 32
@@ -100,9 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = read_rows(options.output, point_of)
     if rows:
         figure = options.output.with_suffix(".png")
-        partial = figure.with_name(f".{os.getpid()}.{figure.name}")
-        plot(rows).savefig(partial, dpi=150)
-        os.replace(partial, figure)
+        put_figure(figure, plot(rows))
         print(f"\n{table(rows)}\n\nIn {options.output} and {figure}")
     return 1 if failed else 0
 

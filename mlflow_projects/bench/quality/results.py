@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "format_tables", "key", "put_row", "read_rows"]
+__all__ = ["Row", "format_tables", "key", "put_figure", "put_row", "read_rows"]
 
 Row = dict[str, Any]
 
@@ -52,6 +52,13 @@ def put_row(path: Path, row: Row, key: Callable[[Row], object] = key) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(rows, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def put_figure(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure under a temporary name, and rename it."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(partial, dpi=150)
     os.replace(partial, path)
 
 

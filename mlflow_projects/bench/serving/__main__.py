@@ -32,7 +32,7 @@ if not __package__:  # run as a folder: let its modules find each other by the p
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(1, str(Path(__file__).resolve().parents[3] / "tools"))
 
-from quality.results import Row, put_row, read_rows
+from quality.results import Row, put_figure, put_row, read_rows
 from vllm_server import CPU_SETTINGS, vllm_program
 
 from serving.forms import (
@@ -100,9 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = read_rows(options.output, key)
     if rows:
         figure = options.output.with_suffix(".png")
-        partial = figure.with_name(f".{os.getpid()}.{figure.name}")
-        plot(rows).savefig(partial, dpi=150)
-        os.replace(partial, figure)
+        put_figure(figure, plot(rows))
         print(f"\n{table(rows)}\n\nIn {options.output} and {figure}")
         if not options.no_mlflow:
             log_run(rows, options.output, figure)

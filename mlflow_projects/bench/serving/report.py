@@ -10,6 +10,8 @@ from typing import Any
 
 from quality.results import Row
 
+from serving.forms import Variant
+
 __all__ = ["log_run", "machine", "plot", "table"]
 
 EXPERIMENT = "cur_modifier-serving"
@@ -19,8 +21,7 @@ MARKERS = {None: "o", "W4A16": "s", "W8A8": "^"}
 
 def name_of(row: Row) -> str:
     """The variant of a row."""
-    factored = row["form"] if row["ratio"] is None else f"{row['form']}-{row['ratio']:g}"
-    return factored if row["quantization"] is None else f"{factored} {row['quantization']}"
+    return str(Variant(row["form"], row["ratio"], row["quantization"]))
 
 
 def machine() -> str:
@@ -110,7 +111,7 @@ def log_run(rows: Sequence[Row], results: Path, figure: Path) -> None:
     with mlflow.start_run(experiment_id=experiment, run_name="bench-serving"):
         mlflow.log_params({"machine": machine(), "vllm": rows[-1]["vllm"]})
         for row in rows:
-            where = f"{row['model']}/{name_of(row)}/{row['phase']}-{row['batch']}".replace(" ", "-")
+            where = f"{row['model']}/{name_of(row)}/{row['phase']}-{row['batch']}"
             for what in ("tokens_per_second", "speedup_over_dense", "linear_speedup"):
                 mlflow.log_metric(f"{where}/{what}", row[what])
         mlflow.log_artifact(str(results))
