@@ -445,6 +445,27 @@ def outputs_that_stay_in_pairs_are_moved_in_pairs() -> None:
             torch.testing.assert_close(compiled(x.to(dtype)).float(), got)
 
 
+@check
+def neurons_in_order_need_no_gather() -> None:
+    """Gate and up as the stage leaves them: of two ranks, both in the order of their products."""
+    examples = {
+        name: Example("id", 40, seed, rank=rank)
+        for seed, (name, rank) in enumerate({"gate_proj": 12, "up_proj": 8}.items())
+    }
+    for example in examples.values():
+        s, t = example.tensors["id_s.weight"], example.tensors["id_t.weight"]
+        example.tensors["order"] = torch.arange(40).int()
+        example.product = torch.cat([s, t @ s])
+    layers = built(MergedColumnParallelLinear, "gate_up_proj", examples, WIDTH, [40, 40])
+    with layers as layer:
+        load(layer, examples)
+        compare(layer, examples)
+        assert layer.output_order is None and layer.output_pairs is None
+        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(9))
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
 QKV = {"q_proj": 4 * HEAD, "k_proj": 2 * HEAD, "v_proj": 2 * HEAD}
 QKV_SIZES = (WIDTH, HEAD, 4, 2)
 GROUPS = [("q_proj", "k_proj", "v_proj"), *itertools.combinations(QKV, 2)]

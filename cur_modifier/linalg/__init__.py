@@ -1,9 +1,10 @@
 """Linear algebra of structured compression: tensors in, tensors out, no ``torch.nn``."""
 
+from cur_modifier.linalg.aligned import aligned
 from cur_modifier.linalg.anchor import anchored_target
 from cur_modifier.linalg.budget import RankCurve, allocate_ranks, truncation_tail
 from cur_modifier.linalg.compact import compact
-from cur_modifier.linalg.decomposition import cur, interpolative, low_rank
+from cur_modifier.linalg.decomposition import cur, interpolative, interpolative_aligned, low_rank
 from cur_modifier.linalg.forms import CUR, LowRank, RowID
 from cur_modifier.linalg.gram import (
     GramAccumulator,
@@ -52,6 +53,7 @@ __all__ = [
     "Score",
     "Selection",
     "Subspace",
+    "aligned",
     "allocate_ranks",
     "anchored_target",
     "apply_gram",
@@ -68,6 +70,7 @@ __all__ = [
     "gram_sqrt",
     "greedy",
     "interpolative",
+    "interpolative_aligned",
     "leading_subspace",
     "leverage_sampled",
     "leverage_scores",

@@ -11,7 +11,7 @@ from cur_modifier.linalg.forms import LowRank, RowID
 from cur_modifier.linalg.selection import deim
 from cur_modifier.linalg.subspace import lstsq
 
-__all__ = ["compact", "stacking_order"]
+__all__ = ["compact", "row_id", "stacking_order"]
 
 # Below this a pivot is rounding: the row to bring in depends on the rows that would stay.
 _DEPENDENT = torch.finfo(torch.float64).eps ** 0.5
@@ -79,7 +79,12 @@ def compact(
     found = None
     if in_pairs and not any(count % 2 for count in counts):
         found = _well_conditioned_pairs(A, blocks)
-    chosen, rest = found or _well_conditioned_rows(A, max_entry, blocks)
+    return row_id(pair, *(found or _well_conditioned_rows(A, max_entry, blocks)))
+
+
+def row_id(pair: LowRank, chosen: torch.Tensor, rest: torch.Tensor) -> RowID:
+    """The pair as a row ID whose skeleton is made of the rows ``chosen`` of ``A``."""
+    A = pair.A.double()
     T = lstsq(A[chosen].mT, A[rest].mT).mT
     S = A[chosen] @ pair.B.double()
     return RowID(S=S.to(pair.B), T=T.to(pair.B), order=stacking_order(chosen, rest))

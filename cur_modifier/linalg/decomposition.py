@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 
+from cur_modifier.linalg.aligned import aligned
 from cur_modifier.linalg.checks import (
     at_least_float32,
     require_finite,
@@ -29,7 +30,7 @@ from cur_modifier.linalg.fit import fit_right, solve
 from cur_modifier.linalg.forms import CUR, LowRank, RowID
 from cur_modifier.linalg.gram import apply_gram, gram_sqrt
 
-__all__ = ["cur", "interpolative", "low_rank"]
+__all__ = ["cur", "interpolative", "interpolative_aligned", "low_rank"]
 
 # Up to this short side a full eigh takes less than a second.
 _EXACT_SIDE = 1024
@@ -167,17 +168,7 @@ def interpolative(
     if rows is None:
         pair = low_rank(W, rank, gram, outputs=outputs)
         exact = compact(pair, blocks=blocks, in_pairs=True)
-        if not noise:
-            return exact
-        chosen, rest = torch.argsort(exact.order).tensor_split([rank])
-        W = _prepared(W, gram).double()
-        target = W[rest]
-        if outputs is not None and outputs.ndim == 2:
-            H = outputs.to(W)
-            missed = H[rest][:, chosen] @ (W[chosen] - exact.S.double())
-            target = target + torch.linalg.solve(H[rest][:, rest], missed)
-        T = fit_right(target, exact.S.double(), gram, exact.S.dtype, noise)
-        return replace(exact, T=T.to(exact.S))
+        return _expecting_noise(exact, W, gram, noise, outputs)
     if blocks is not None:
         raise ValueError(f"got rows and blocks {list(blocks)}; the rows decide which blocks give.")
     W = _prepared(W, gram)
@@ -193,6 +184,61 @@ def interpolative(
     wanted = (W if target is None else target.to(W))[rest]
     T = fit_right(wanted.double(), S.double(), gram, W.dtype, noise)
     return RowID(S=S, T=T.to(W), order=stacking_order(rows, rest))
+
+
+def interpolative_aligned(
+    weights: Sequence[torch.Tensor],
+    ranks: Sequence[int],
+    gram: torch.Tensor | None = None,
+    *,
+    noise: Sequence[float] | None = None,
+    outputs: Sequence[torch.Tensor | None] | None = None,
+) -> list[RowID]:
+    """Row IDs of weights ``W_k (m, n)`` that read the same inputs, all in one ``order``.
+
+    Each is what :func:`interpolative` makes of it, but for the skeleton, which :func:`aligned`
+    chooses for all. Where that finds none, each has its own, and the orders differ.
+
+    Args:
+        noise, outputs: as there, one for each weight.
+
+    Cost: that of :func:`low_rank` for each, and of :func:`aligned`.
+
+    Raises:
+        ValueError: as :func:`low_rank` and :func:`aligned`.
+    """
+    metrics = [None] * len(weights) if outputs is None else outputs
+    noises = [0.0] * len(weights) if noise is None else noise
+    pairs = [
+        low_rank(W, rank, gram, outputs=H)
+        for W, rank, H in zip(weights, ranks, metrics, strict=True)
+    ]
+    exact = aligned(pairs) or [compact(pair, in_pairs=True) for pair in pairs]
+    return [
+        _expecting_noise(one, W, gram, level, H)
+        for one, W, level, H in zip(exact, weights, noises, metrics, strict=True)
+    ]
+
+
+def _expecting_noise(
+    exact: RowID,
+    W: torch.Tensor,
+    gram: torch.Tensor | None,
+    noise: float,
+    outputs: torch.Tensor | None,
+) -> RowID:
+    """The row ID with the ``T`` that serves best behind a skeleton that ``noise`` has changed."""
+    if not noise:
+        return exact
+    chosen, rest = torch.argsort(exact.order).tensor_split([exact.rank])
+    W = _prepared(W, gram).double()
+    target = W[rest]
+    if outputs is not None and outputs.ndim == 2:
+        H = outputs.to(W)
+        missed = H[rest][:, chosen] @ (W[chosen] - exact.S.double())
+        target = target + torch.linalg.solve(H[rest][:, rest], missed)
+    T = fit_right(target, exact.S.double(), gram, exact.S.dtype, noise)
+    return replace(exact, T=T.to(exact.S))
 
 
 def _weighted(outputs: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:

@@ -89,12 +89,13 @@ def _fit_group(
             gram, drift = moments.moments()
         names = [name for waiting in group for name in waiting.containers]
         gram = fitting.regularized(names, gram, moments.tokens)
-    for waiting in group:
-        target = None
-        if anchor:
-            assert gram is not None and drift is not None
-            target = anchored_target(waiting.candidate.weight, gram, drift.to(gram), anchor)
-        fitting.fit(waiting, gram, target)
+    targets = {}
+    if anchor:
+        assert gram is not None and drift is not None
+        candidates = [waiting.candidate for waiting in group]
+        drift = drift.to(gram)
+        targets = {c.name: anchored_target(c.weight, gram, drift, anchor) for c in candidates}
+    fitting.fit(group, gram, targets)
     return gram
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +51,7 @@ from cur_modifier.modifiers.layers import (
     decoder_layers,
     survey,
 )
+from cur_modifier.modifiers.neurons import Neurons, find_neurons, put_in_order
 from cur_modifier.modifiers.plan import (
     Candidate,
     check_followers,
@@ -107,7 +108,7 @@ class CURModifier(Modifier):
     - on_sequential_epoch_end
         - fit the factors of the finished layer; the next layers see its compressed output
     - on_calibration_end
-        - remove hooks
+        - remove hooks; put the neurons of MLPs in the order in which row IDs compute them
     - on_finalize
         - report, with the losses of later stages; close the MLflow run
 
@@ -165,6 +166,7 @@ class CURModifier(Modifier):
     _latest: tuple[torch.Tensor, GramAccumulator] | None = PrivateAttr(default=None)
     _journal: Journal | None = PrivateAttr(default=None)
     _fitting: Fitting | None = PrivateAttr(default=None)
+    _neurons: list[Neurons] = PrivateAttr(default_factory=list)
     _complete: bool = PrivateAttr(default=False)
 
     @field_serializer("form", "scores", "selection", "fit")
@@ -297,8 +299,14 @@ class CURModifier(Modifier):
         with self._failing_run(), torch.no_grad():
             self._latest = None
             done = set(modules)
-            for waiting in [w for w in self._pending if w.last in done]:
-                self._fit_alone(waiting)
+            finished = [waiting for waiting in self._pending if waiting.last in done]
+            reading: dict[object, list[Waiting]] = {}  # by the tensor that they read
+            for waiting in finished:
+                # Without activations there is nothing to tell them apart by, and no need to.
+                key = self._grams.get(waiting.first)
+                reading.setdefault(key, []).append(waiting)
+            for group in reading.values():
+                self._fit_alone(group)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Remove the hooks.
@@ -314,6 +322,9 @@ class CURModifier(Modifier):
                     f"the calibration never ran {names[:6]}, so they have no factors. Put them on "
                     "`ignore`, or calibrate with inputs that reach them."
                 )
+            moved = put_in_order(state.model, self._neurons)
+            if moved:
+                logger.info(f"the neurons of {moved} MLPs stand in the order of their row IDs")
         self._fitting = None  # it holds what the loss thinks of every module
         self._complete = True
 
@@ -374,6 +385,9 @@ class CURModifier(Modifier):
                 for c in planned
             }
             planned = with_ranks(planned, self.form, self.rank, self.rank_unit, energies)
+        if self.form is Form.ID and self.recipe.selection is None:
+            free = [c for c in planned if not c.shared and c.rank is not None]
+            self._neurons = find_neurons(model, layers, free)
         sensitivity = None
         if self.needs_gradients:
             sensitivity = load_or_measure(
@@ -395,6 +409,7 @@ class CURModifier(Modifier):
             sensitivity,
             damping=self.sensitivity.damping,
             shrink=self.by_layers,
+            neurons=self._neurons,
             seed=self.seed,
         )
         if self.share_skeleton:
@@ -465,23 +480,25 @@ class CURModifier(Modifier):
         own.update(x)
         self._latest = (x, own)
 
-    def _fit_alone(self, waiting: Waiting) -> None:
-        """Fit one candidate to the inputs that the hooks saw."""
+    def _fit_alone(self, group: Sequence[Waiting]) -> None:
+        """Fit candidates that read one tensor to what the hooks saw of it."""
         second_moment = None
+        first = group[0]
         if self.recipe.needs_activations:
-            accumulator = self._grams.get(waiting.first)
+            accumulator = self._grams.get(first.first)
             if accumulator is None:
                 raise ValueError(
-                    f"{waiting.candidate.name}: no token reached this module. Calibrate with "
+                    f"{first.candidate.name}: no token reached this module. Calibrate with "
                     "inputs that reach it, or put it on `ignore`"
                 )
-            with named(waiting.candidate.name):
+            with named(first.candidate.name):
                 second_moment = accumulator.second_moment()
-            names = list(waiting.containers)
+            names = [name for waiting in group for name in waiting.containers]
             second_moment = self._open_fitting.regularized(names, second_moment, accumulator.tokens)
-        self._open_fitting.fit(waiting, second_moment)
-        self._pending.remove(waiting)
-        self._grams.pop(waiting.first, None)
+        self._open_fitting.fit(group, second_moment)
+        for waiting in group:
+            self._pending.remove(waiting)
+            self._grams.pop(waiting.first, None)
 
     @property
     def journal(self) -> Journal | None:

@@ -16,6 +16,7 @@ from cur_modifier.linalg import (
     cur,
     gram_norm,
     interpolative,
+    interpolative_aligned,
     score,
     select_rows_and_columns,
     singular_values,
@@ -25,6 +26,7 @@ from cur_modifier.modifiers.config import Fit
 __all__ = [
     "Recipe",
     "factorize",
+    "factorize_aligned",
     "fitted_gram",
     "quantization_noise",
     "relative_error",
@@ -98,6 +100,26 @@ def factorize(
     if recipe.form is Form.ID:
         return interpolative(W, rank, gram, rows=rows, noise=noise, target=target)
     return cur(W, rows, columns, gram, outputs=outputs, target=target)
+
+
+def factorize_aligned(
+    recipe: Recipe,
+    weights: Sequence[torch.Tensor],
+    second_moment: torch.Tensor | None,
+    ranks: Sequence[int],
+    *,
+    noise: Sequence[float],
+    outputs: Sequence[torch.Tensor | None],
+    targets: Sequence[torch.Tensor | None],
+) -> list[RowID]:
+    """Row IDs, without selection, of weights that read the same inputs: the outputs of all in one
+    order where that is safe. Arguments as :func:`factorize` has them, one for each weight."""
+    wide = [W.detach().to(torch.promote_types(W.dtype, torch.float32)) for W in weights]
+    wanted = [
+        W if target is None else target.to(W) for W, target in zip(wide, targets, strict=True)
+    ]
+    gram = fitted_gram(recipe.fit, second_moment)
+    return interpolative_aligned(wanted, ranks, gram, noise=noise, outputs=outputs)
 
 
 def fitted_gram(fit: Fit, second_moment: torch.Tensor | None) -> torch.Tensor | None:

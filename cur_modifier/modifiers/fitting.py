@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,8 +16,15 @@ from torch import nn
 from cur_modifier.factored import FactoredLinear, InterpolativeLinear, load_shared
 from cur_modifier.linalg import CUR, RowID, damped, shrunk, split_rows
 from cur_modifier.modifiers.config import Fit
-from cur_modifier.modifiers.factorize import Recipe, factorize, fitted_gram, relative_error
+from cur_modifier.modifiers.factorize import (
+    Recipe,
+    factorize,
+    factorize_aligned,
+    fitted_gram,
+    relative_error,
+)
 from cur_modifier.modifiers.journal import Journal
+from cur_modifier.modifiers.neurons import Neurons
 from cur_modifier.modifiers.plan import Candidate
 from cur_modifier.modifiers.sensitivity import Sensitivity
 
@@ -57,6 +64,7 @@ class Fitting:
         sensitivity: what the loss thinks of each module, where it was measured.
         damping: of that metric, see ``SensitivityConfig``.
         shrink: shrink every second moment, not only those of too few tokens.
+        neurons: of which candidates the outputs are to come in one order.
         seed: of every random choice.
     """
 
@@ -65,52 +73,107 @@ class Fitting:
     sensitivity: Sensitivity | None
     damping: float
     shrink: bool
+    neurons: Sequence[Neurons]
     seed: int
 
     def fit(
         self,
-        waiting: Waiting,
+        group: Sequence[Waiting],
         second_moment: torch.Tensor | None,
-        target: torch.Tensor | None = None,
+        targets: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Fit a candidate's factors to ``second_moment (n, n)``, load them, write the records.
+        """Fit the factors of candidates that read one tensor to its ``second_moment (n, n)``, load
+        them, and write the records.
+
+        Candidates that produce the same neurons are fitted together, to one order of them.
 
         Args:
-            target: ``(m, n)``, what they approximate in place of the stacked weight.
+            targets: by the candidate's name ``(m, n)``, what its factors approximate in place of
+                the stacked weight.
         """
-        started = time.perf_counter()
-        candidate, containers = waiting.candidate, list(waiting.containers.values())
-        assert candidate.rank is not None
-        records = [self.journal.records[name] for name in candidate.members]
-        W = candidate.weight
-        if second_moment is not None:
-            W = W.to(second_moment.device)
-        outputs = self.outputs_metric(candidate)
-        with named(candidate.name):
-            factors = factorize(
-                self.recipe,
-                W,
-                second_moment,
-                candidate.rank,
-                seed=self.seed ^ zlib.crc32(candidate.name.encode()),
-                noise=records[0].expected_noise,
-                outputs=None if outputs is None else outputs.to(W.device),
-                target=target,
-                blocks=candidate.blocks,
-            )
-        _load(containers, factors, list(candidate.members.values()))
+        targets = targets or {}
+        for together in self._by_neurons(group):
+            started = time.perf_counter()
+            found = self._factors(together, second_moment, targets)
+            for waiting, factors in zip(together, found, strict=True):
+                dense = list(waiting.candidate.members.values())
+                _load(list(waiting.containers.values()), factors, dense)
+                self._record(waiting, second_moment)
+            records = [self.journal.records[n] for w in together for n in w.candidate.members]
+            for record in records:
+                record.seconds = (time.perf_counter() - started) / len(records)
+            for waiting in together:
+                self._log(waiting, second_moment)
+
+    def _by_neurons(self, group: Sequence[Waiting]) -> list[list[Waiting]]:
+        together: dict[object, list[Waiting]] = {}
+        for waiting in group:
+            name = waiting.candidate.name
+            key = next((each for each in self.neurons if name in each.producers), name)
+            together.setdefault(key, []).append(waiting)
+        return list(together.values())
+
+    def _factors(
+        self,
+        together: Sequence[Waiting],
+        second_moment: torch.Tensor | None,
+        targets: Mapping[str, torch.Tensor],
+    ) -> Sequence[CUR | RowID]:
+        candidates = [waiting.candidate for waiting in together]
+        device = None if second_moment is None else second_moment.device
+        weights = [c.weight.to(device or c.weight.device) for c in candidates]
+        ranks = [c.rank for c in candidates if c.rank is not None]
+        noise = [self.journal.records[next(iter(c.members))].expected_noise for c in candidates]
+        metrics = [self.outputs_metric(c) for c in candidates]
+        outputs = [
+            None if H is None else H.to(W.device) for H, W in zip(metrics, weights, strict=True)
+        ]
+        wanted = [targets.get(c.name) for c in candidates]
+        first = candidates[0]
+        if len(candidates) > 1:
+            with named(" and ".join(c.name for c in candidates)):
+                return factorize_aligned(
+                    self.recipe,
+                    weights,
+                    second_moment,
+                    ranks,
+                    noise=noise,
+                    outputs=outputs,
+                    targets=wanted,
+                )
+        with named(first.name):
+            return [
+                factorize(
+                    self.recipe,
+                    weights[0],
+                    second_moment,
+                    ranks[0],
+                    seed=self.seed ^ zlib.crc32(first.name.encode()),
+                    noise=noise[0],
+                    outputs=outputs[0],
+                    target=wanted[0],
+                    blocks=first.blocks,
+                )
+            ]
+
+    def _record(self, waiting: Waiting, second_moment: torch.Tensor | None) -> None:
+        candidate = waiting.candidate
         gram = fitted_gram(self.recipe.fit, second_moment)
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
-        for record, container, block in zip(
-            records, containers, W.split(candidate.sizes), strict=True
+        W = _wide(candidate.weight, second_moment)
+        for (name, container), block in zip(
+            waiting.containers.items(), W.split(candidate.sizes), strict=True
         ):
+            record = self.journal.records[name]
             record.relative_error = relative_error(block, container.dense_weight().to(W), gram)
             factor_entries = [f.weight.detach().abs().max() for f in container.factors.values()]
             # None where all its outputs are in the skeleton of another module.
             record.max_factor_entry = max(map(float, factor_entries), default=None)
-        for record in records:
-            record.seconds = (time.perf_counter() - started) / len(records)
+
+    def _log(self, waiting: Waiting, second_moment: torch.Tensor | None) -> None:
+        candidate = waiting.candidate
         mean_square = None if second_moment is None else second_moment.diagonal()
+        records = [self.journal.records[name] for name in candidate.members]
+        W = _wide(candidate.weight, second_moment)
         self.journal.fitted(candidate.name, records, W, mean_square)
 
     def regularized(self, names: Sequence[str], gram: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -138,6 +201,12 @@ class Fitting:
         """What the loss makes of errors in the outputs of a candidate or a decoder layer."""
         assert self.sensitivity is not None
         return damped(self.sensitivity.outputs[name], self.damping, sizes)
+
+
+def _wide(W: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+    """The weight in float32 or wider, where the second moment is."""
+    W = W if like is None else W.to(like.device)
+    return W.to(torch.promote_types(W.dtype, torch.float32))
 
 
 @contextmanager

@@ -16,9 +16,6 @@ from cur_modifier.modifiers.plan import Candidate
 
 __all__ = ["joined", "with_direct_outputs"]
 
-# Enough that no model takes them for a single decoding step.
-_TOKENS = 8
-
 
 def joined(
     model: nn.Module, layers: Sequence[tuple[str, nn.Module]], candidates: Sequence[Candidate]
@@ -50,7 +47,7 @@ def joined(
         for name in by_name:
             hook = model.get_submodule(name).register_forward_pre_hook(watch(name))
             stack.callback(hook.remove)
-        model(input_ids=torch.arange(_TOKENS, device=device)[None])
+        upstream.try_out(model, device)
 
     groups: dict[tuple[int, str, int | str], list[Candidate]] = {}
     for name in [*read, *(name for name in by_name if name not in read)]:

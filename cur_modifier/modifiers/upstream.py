@@ -75,6 +75,12 @@ def evaluation_forward(model: nn.Module, *, logits: bool) -> Iterator[torch.devi
         yield device
 
 
+def try_out(model: Any, device: torch.device) -> None:
+    """A forward pass of the few tokens that transformers keeps for that, whatever they say."""
+    inputs: dict[str, torch.Tensor] = model.dummy_inputs
+    model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+
+
 def refuse_distributed() -> None:
     """Raises:
     ValueError: several processes calibrate together, each of which would fit other factors.

@@ -5,8 +5,8 @@ one for each dense part. vLLM's own schemes give them their parameters, load the
 ranks and choose their kernels, each by its name in the checkpoint.
 
 The first stages of all parts (S, R, dense weights) are stacked into one product, and parts that
-share a skeleton have their T stacked. What comes out is put in order by one gather for the whole
-layer: see :mod:`~cur_modifier.vllm.order`.
+share a skeleton have their T stacked. What comes out is put in order for the whole layer at once:
+see :mod:`~cur_modifier.vllm.order`.
 
 Tensor parallelism. A column-parallel Linear splits the last factor (C or T) by outputs and repeats
 the first (R or S), since every rank needs all of ``z``. A row-parallel Linear splits the first
@@ -28,7 +28,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from cur_modifier.layout import LayoutError, ModuleLayout
-from cur_modifier.vllm.order import in_order, pairs_of
+from cur_modifier.vllm.order import in_order, pairs_of, runs_of, side_by_side
 from cur_modifier.vllm.parts import Part, make_stages
 from cur_modifier.vllm.slots import Slots
 
@@ -104,7 +104,8 @@ class FactoredLinearMethod(LinearMethodBase):
             orders |= dict(stage.output_orders(start))
             start += stage.entries
         order = torch.cat([orders[part] for part in self.parts])
-        if not torch.equal(order, torch.arange(start)):
+        self.runs = runs_of(order)
+        if self.runs is None:
             device = next(layer.parameters()).device
             pairs = pairs_of(order, start, self.dtype)
             layer.output_order = order.to(device)
@@ -112,10 +113,10 @@ class FactoredLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         pieces = [piece for stage in layer.stages for piece in stage(x)]
-        if layer.output_order is not None:
+        if self.runs is None:
             y = in_order(pieces, layer.output_order, layer.output_pairs)
         else:
-            y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+            y = side_by_side(pieces, self.runs)
         return y if bias is None else y + bias
 
 

@@ -1,7 +1,7 @@
 """Checkpoints to serve: random weights of real shapes, dense and factored, 16 bits and 4.
 
 Speed depends on shapes and formats, not on what the numbers are. The factors are drawn as they are,
-with the ranks that the ratio gives and an order of the outputs as the product writes it.
+with the ranks that the ratio gives and an order of the outputs as the stage writes it.
 """
 
 from __future__ import annotations
@@ -121,7 +121,11 @@ def factor(model: Any, variant: Variant) -> None:
         rank = round_rank_down(ratio_rank(form, m, n, variant.ratio or 1.0), unit)
         container = FACTORED_CLASSES[form](n, m, rank, bias=False, device="cpu")
         if form is Form.ID:
-            container.order = in_pairs(torch.randperm(m // 2)).int()
+            # The stage puts the neurons of an MLP in the order in which they are computed.
+            neurons = name.endswith(("gate_proj", "up_proj"))
+            container.order = (
+                torch.arange(m) if neurons else in_pairs(torch.randperm(m // 2))
+            ).int()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, container)
 
