@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from serving import __main__ as bench
-from serving.forms import MODELS, VARIANTS
+from serving.forms import MODELS, VARIANTS, Variant
 
 TINY = {
     "hidden_size": 128,
@@ -36,7 +36,9 @@ def test_rows_are_measured_kept_drawn_and_logged(
     output = tmp_path / "serving.json"
     given = ["--models=tiny", "--variants=id-0.5", "--repetitions=1", f"--output={output}"]
     assert bench.main(given) == 0
-    rows = json.loads(output.read_text())
+    loading, *rows = json.loads(output.read_text())
+    assert (loading["phase"], loading["batch"]) == ("load", 1)
+    assert loading["seconds"] > 0 and loading["speedup_over_dense"] > 0
     assert [(row["phase"], row["batch"]) for row in rows] == [("decode", 1), ("prefill", 8)]
     for row in rows:
         assert {name: row[name] for name in FIELDS} == FIELDS
@@ -53,6 +55,24 @@ def test_rows_are_measured_kept_drawn_and_logged(
     before = output.read_text()
     assert bench.main(given) == 0  # all is there: no engine is started
     assert output.read_text() == before
+
+
+@pytest.mark.serve
+@pytest.mark.slow
+def test_a_quantized_variant_is_made_and_one_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    monkeypatch.setattr(bench, "PHASES", [])  # loading alone
+    monkeypatch.setitem(VARIANTS, "none", Variant("id", 0.001))  # no rank is that small
+    output = tmp_path / "serving.json"
+    given = ["--models=tiny", "--variants=none,dense-W4A16", "--repetitions=1", "--no-mlflow"]
+    assert bench.main([*given, f"--output={output}"]) == 1
+    [row] = json.loads(output.read_text())
+    assert row["quantization"] == "W4A16" and row["phase"] == "load"
+    assert row["weight_bytes"] < 0.5 * row["dense_bytes"]
+    said = capsys.readouterr().out
+    assert "Failed: tiny id-0.001" in said and "tiny, dense-W4A16" in said
 
 
 def test_a_model_that_does_not_load_is_reported(

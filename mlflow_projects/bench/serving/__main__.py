@@ -6,16 +6,18 @@ Random weights of real shapes. Every variant is measured beside the dense model:
 each in turn, in engines that are both loaded, so that whatever else slows the machine slows both;
 the speed-up is the median of the repetitions' ratios. Run it on an idle machine.
 
-Decode: 16 tokens behind prompts of 16, at batch 1, 8 and 32. Prefill: prompts of 512, at batch 1
-and 8. The linear layers' share of the time is from a profile of one more repetition; with it comes
-their own speed-up, to be compared with the bytes that they no longer read. A row that exists is
-kept, so an interrupted run continues.
+Load: reading and preparing the weights, in a process of its own, from files that the system holds
+in memory. Decode: 16 tokens behind prompts of 16, at batch 1, 8 and 32. Prefill: prompts of 512, at
+batch 1 and 8. The linear layers' share of the time is from a profile of one more repetition; with
+it comes their own speed-up, to be compared with the bytes that they no longer read. A row that
+exists is kept, so an interrupted run continues.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,6 +50,7 @@ from serving.forms import (
 from serving.report import log_run, plot, table
 
 OUTPUT = Path("bench_out/serving.json")
+LOAD = ("load", 1)
 PHASES = [("decode", 1), ("decode", 8), ("decode", 32), ("prefill", 1), ("prefill", 8)]
 
 
@@ -80,14 +83,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     vllm_program()  # or say now how to get one
     rows = read_rows(options.output, key)
-    known = {(row["model"], row["form"], row["ratio"], row["quantization"]) for row in rows}
+    known = {key(row) for row in rows}
     failed = []
     for model in options.models:
-        todo = [
-            VARIANTS[name]
+        missing = {
+            name: [
+                phase
+                for phase in (LOAD, *PHASES)
+                if (model, *asdict(VARIANTS[name]).values(), *phase) not in known
+            ]
             for name in options.variants
-            if (model, *asdict(VARIANTS[name]).values()) not in known
-        ]
+        }
+        todo = {VARIANTS[name]: phases for name, phases in missing.items() if phases}
         if not todo:
             continue
         with tempfile.TemporaryDirectory() as scratch:
@@ -110,55 +117,91 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure_model(
-    model: str, variants: list[Variant], folder: Path, options: argparse.Namespace
+    model: str,
+    todo: dict[Variant, list[tuple[str, int]]],
+    folder: Path,
+    options: argparse.Namespace,
 ) -> list[str]:
-    """Measure variants of one model beside the dense one; the names of those that failed."""
+    """Measure phases of variants of a model beside the dense one; which of them failed."""
     failed = []
     dense = folder / "dense"
     print(f"{model}: making the dense checkpoint", flush=True)
     make_checkpoint(model, DENSE, dense)
-    with engine(dense, folder / "dense.log") as (beside, dense_loaded):
-        for number, variant in enumerate(variants, start=1):
-            print(f"[{number}/{len(variants)}] {model}, {variant}", flush=True)
-            directory = folder / str(variant)
-            try:
-                make_checkpoint(model, variant, directory)
-                with engine(directory, folder / f"{variant}.log") as (own, loaded):
-                    rows = compare(own, beside, options.repetitions)
-            except (EOFError, ValueError) as error:
-                failed.append(f"{model} {variant}")
-                log = folder / f"{variant}.log"
-                tail = log.read_text()[-2000:] if log.exists() else ""
-                print(f"    failed: {error!r}\n{tail}", flush=True)
-                continue
-            for row in rows:
-                row |= {
-                    "model": model,
-                    **asdict(variant),
-                    "weight_bytes": weight_bytes(directory),
-                    "dense_bytes": weight_bytes(dense),
-                    "projection_bytes_ratio": stored_ratio(directory, dense),
-                    "load_seconds": loaded["load_seconds"],
-                    "dense_load_seconds": dense_loaded["load_seconds"],
-                    "vllm": loaded["vllm"],
-                    "repetitions": options.repetitions,
-                }
-                put_row(options.output, row, key)
-                print(
-                    f"    {row['phase']:>7} {row['batch']:>2}: "
-                    f"{row['tokens_per_second']:8.1f} tokens/s, {row['speedup_over_dense']:.2f} "
-                    f"times dense, linear layers {row['linear_speedup']:.2f}",
-                    flush=True,
-                )
-            for file in directory.iterdir():
-                file.unlink()
+    for number, (variant, phases) in enumerate(todo.items(), start=1):
+        print(f"[{number}/{len(todo)}] {model}, {variant}", flush=True)
+        directory = folder / str(variant)
+        try:
+            make_checkpoint(model, variant, directory)
+            rows = []
+            if LOAD in phases:
+                rows.append(compare_loading(directory, dense, options.repetitions))
+            if speeds := [phase for phase in phases if phase != LOAD]:
+                logs = [path.with_suffix(".log") for path in (directory, dense)]
+                with (
+                    engine(directory, logs[0]) as (own, said),
+                    engine(dense, logs[1]) as (beside, _),
+                ):
+                    found = compare(own, beside, speeds, options.repetitions)
+                rows += [row | said for row in found]
+        except (EOFError, OSError, RuntimeError, ValueError) as error:
+            failed.append(f"{model} {variant}")
+            print(f"    failed: {error!r}\n{_ends(folder)}", flush=True)
+            continue
+        for row in rows:
+            row |= {
+                "model": model,
+                **asdict(variant),
+                "weight_bytes": weight_bytes(directory),
+                "dense_bytes": weight_bytes(dense),
+                "projection_bytes_ratio": stored_ratio(directory, dense),
+                "repetitions": options.repetitions,
+            }
+            put_row(options.output, row, key)
+            print(f"    {described(row)}", flush=True)
+        shutil.rmtree(directory)
     return failed
 
 
-def compare(own: Connection, dense: Connection, repetitions: int) -> list[Row]:
+def described(row: Row) -> str:
+    """A row in a line."""
+    name = f"{row['phase']:>7} {row['batch']:>2}: "
+    if row["phase"] == LOAD[0]:
+        return f"{name}{row['seconds']:8.1f} s, dense {row['dense_seconds']:.1f} s"
+    return (
+        f"{name}{row['tokens_per_second']:8.1f} tokens/s, {row['speedup_over_dense']:.2f} times "
+        f"dense, linear layers {row['linear_speedup']:.2f}"
+    )
+
+
+def compare_loading(own: Path, dense: Path, repetitions: int) -> Row:
+    """Both checkpoints in turn, each in a process that ends when the weights are ready."""
+    pairs = []
+    for _ in range(repetitions):
+        seconds = []
+        for model in (own, dense):
+            with engine(model, model.with_suffix(".log"), only_load=True) as (_, loaded):
+                seconds.append(loaded["load_seconds"])
+        pairs.append(seconds)
+    ratios = [theirs / mine for mine, theirs in pairs]
+    return {
+        "phase": LOAD[0],
+        "batch": LOAD[1],
+        "tokens_per_second": None,
+        "seconds": median(mine for mine, _ in pairs),
+        "dense_seconds": median(theirs for _, theirs in pairs),
+        "speedup_over_dense": median(ratios),
+        "speedup_range": [min(ratios), max(ratios)],
+        "linear_share": None,
+        "vllm": loaded["vllm"],
+    }
+
+
+def compare(
+    own: Connection, dense: Connection, phases: list[tuple[str, int]], repetitions: int
+) -> list[Row]:
     """Both engines in turn, phase by phase."""
     rows = []
-    for phase, batch in PHASES:
+    for phase, batch in phases:
         pairs: list[tuple[dict[str, float], dict[str, float]]] = []
         for which in (own, dense):  # warms up
             ask(which, "generate", batch, 16, 2)
@@ -193,8 +236,11 @@ def ask(engine: Connection, method: str, *arguments: Any) -> dict[str, float]:
 
 
 @contextmanager
-def engine(model: Path, log: Path) -> Iterator[tuple[Connection, dict[str, Any]]]:
-    """A vLLM engine in a process of the serving environment, and how it loaded.
+def engine(
+    model: Path, log: Path, *, only_load: bool = False
+) -> Iterator[tuple[Connection, dict[str, Any]]]:
+    """A vLLM engine in a process of the serving environment, and what it said first; with
+    ``only_load`` that is all that there is.
 
     Raises:
         EOFError: it ended before it was ready, or where the connection is used, before it answered.
@@ -204,7 +250,7 @@ def engine(model: Path, log: Path) -> Iterator[tuple[Connection, dict[str, Any]]
     ours, theirs = Pipe()
     with log.open("wb") as output, ours:
         process = subprocess.Popen(
-            [str(python), str(script), str(model), str(theirs.fileno())],
+            [str(python), str(script), str(model), str(theirs.fileno()), *["load"] * only_load],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=CPU_SETTINGS | dict(os.environ),
@@ -216,6 +262,12 @@ def engine(model: Path, log: Path) -> Iterator[tuple[Connection, dict[str, Any]]
         finally:
             process.terminate()
             process.wait()
+
+
+def _ends(folder: Path) -> str:
+    """How the logs of the engines end."""
+    logs = sorted(folder.glob("*.log"))
+    return "\n".join(f"{log.name}: ...{log.read_text(errors='replace')[-2000:]}" for log in logs)
 
 
 def key(row: Row) -> tuple[Any, ...]:

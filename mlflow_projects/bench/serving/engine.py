@@ -1,9 +1,10 @@
 """One vLLM engine that is measured on demand, in the environment that serves.
 
-    python engine.py MODEL DESCRIPTOR
+    python engine.py MODEL DESCRIPTOR [load]
 
-says on the connection behind that file descriptor how it loaded, and answers requests until the
-other side hangs up. The engine runs in this process, so that the profiler sees its kernels.
+says on the connection behind that file descriptor that it is ready, and answers requests until the
+other side hangs up; with `load` it says what loading took, and ends. The engine runs in this
+process, so that the profiler sees its kernels.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import wraps
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,21 +37,8 @@ PRODUCTS = re.compile(
 )
 
 
-@contextmanager
-def timed_loading() -> Iterator[list[float]]:
-    """Collects the seconds that vLLM takes to read the weights and to prepare them."""
-    seconds: list[float] = []
-    load = BaseModelLoader.load_model
-
-    @wraps(load)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        model = load(*args, **kwargs)
-        seconds.append(time.perf_counter() - started)
-        return model
-
-    with mock.patch.object(BaseModelLoader, "load_model", timed):
-        yield seconds
+class Loaded(Exception):  # noqa: N818 - nothing has gone wrong
+    """The weights are ready, and nothing else is wanted."""
 
 
 def read_once(model: Path) -> None:
@@ -62,22 +49,42 @@ def read_once(model: Path) -> None:
                 pass
 
 
+def make(model: str) -> LLM:
+    """vLLM with its defaults, but for what the measured phases need."""
+    return LLM(
+        model,
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_model_len=PREFILL + 16,
+        max_num_seqs=LARGEST_BATCH,
+        max_num_batched_tokens=8 * PREFILL,
+        enable_prefix_caching=False,  # every repetition computes its prompts
+    )
+
+
+def load_seconds(model: str) -> float:
+    """What vLLM takes to read the weights, from memory, and to prepare them."""
+    read_once(Path(model))
+    seconds = []
+    load = BaseModelLoader.load_model
+
+    @wraps(load)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        load(*args, **kwargs)
+        seconds.append(time.perf_counter() - started)
+        raise Loaded
+
+    with mock.patch.object(BaseModelLoader, "load_model", timed), suppress(Loaded):
+        make(model)
+    return seconds[0]
+
+
 class Engine:
     """A model that is ready to be measured."""
 
     def __init__(self, model: str) -> None:
-        read_once(Path(model))
-        with timed_loading() as seconds:
-            self.llm = LLM(
-                model,
-                dtype="bfloat16",
-                skip_tokenizer_init=True,
-                max_model_len=PREFILL + 16,
-                max_num_seqs=LARGEST_BATCH,
-                max_num_batched_tokens=8 * PREFILL,
-                enable_prefix_caching=False,  # every repetition computes its prompts
-            )
-        [self.load_seconds] = seconds
+        self.llm = make(model)
         self.vocabulary = self.llm.model_config.get_vocab_size()
         self._generator = torch.Generator().manual_seed(0)
 
@@ -121,11 +128,14 @@ class Engine:
         return {"linear": linear, "head": head, "whole": whole}
 
 
-def main(model: str, descriptor: str) -> None:
+def main(model: str, descriptor: str, only: str = "") -> None:
     """Answer requests: ``(method, arguments)``, until there are no more."""
     with Connection(int(descriptor)) as connection:
+        if only == "load":
+            connection.send({"vllm": _version(), "load_seconds": load_seconds(model)})
+            return
         engine = Engine(model)
-        connection.send({"load_seconds": engine.load_seconds, "vllm": _version()})
+        connection.send({"vllm": _version()})
         while True:
             try:
                 method, arguments = connection.recv()

@@ -98,9 +98,13 @@ def make_checkpoint(name: str, variant: Variant, directory: Path) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     if variant.quantization is not None:
+        import yaml
         from llmcompressor import oneshot
 
-        oneshot(model=model, recipe=recipe(variant.quantization))
+        # It reads the configuration again from where a model came from.
+        config.save_pretrained(directory)
+        model.config.name_or_path = str(directory)
+        oneshot(model=model, recipe=yaml.safe_dump(recipe(variant.quantization)))
     if variant.form != "dense":
         wrap_save_pretrained(model)
     model.save_pretrained(directory)

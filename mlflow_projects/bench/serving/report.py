@@ -35,9 +35,10 @@ def machine() -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Speed over dense by phase, a line for each variant; in brackets the linear layers' own."""
-    phases = list(dict.fromkeys((row["phase"], row["batch"]) for row in rows))
-    lines = [f"Tokens a second ÷ dense, on {machine()}; (linear layers alone)"]
+    """Speed over dense by phase and of loading, a line for each variant; in brackets the linear
+    layers' own."""
+    phases = list(dict.fromkeys((r["phase"], r["batch"]) for r in rows if r["phase"] != "load"))
+    lines = [f"Speed ÷ dense, on {machine()}; (linear layers alone)"]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         header = f"{model:<16}{'bytes':>7}{'load':>6}"
@@ -45,8 +46,9 @@ def table(rows: Sequence[Row]) -> str:
         for variant in dict.fromkeys(map(name_of, own)):
             found = {(r["phase"], r["batch"]): r for r in own if name_of(r) == variant}
             some = next(iter(found.values()))
-            load = some["load_seconds"] / some["dense_load_seconds"]
-            line = f"{variant:<16}{some['projection_bytes_ratio']:>7.3f}{load:>6.2f}"
+            loaded = found.get(("load", 1))
+            load = f"{loaded['speedup_over_dense']:.2f}" if loaded else ""
+            line = f"{variant:<16}{some['projection_bytes_ratio']:>7.3f}{load:>6}"
             for phase in phases:
                 row = found.get(phase)
                 cell = (
@@ -113,7 +115,8 @@ def log_run(rows: Sequence[Row], results: Path, figure: Path) -> None:
         for row in rows:
             where = f"{row['model']}/{name_of(row)}/{row['phase']}-{row['batch']}"
             for what in ("tokens_per_second", "speedup_over_dense", "linear_speedup"):
-                mlflow.log_metric(f"{where}/{what}", row[what])
+                if row.get(what) is not None:
+                    mlflow.log_metric(f"{where}/{what}", row[what])
         mlflow.log_artifact(str(results))
         mlflow.log_artifact(str(figure))
         mlflow.log_text(table(rows), "table.txt")

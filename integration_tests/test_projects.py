@@ -1,0 +1,128 @@
+"""The MLflow projects, run as a user runs them: `mlflow run`, a real store."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from support import REPOSITORY, load_script
+from transformers import AutoModelForCausalLM
+
+PROJECTS = REPOSITORY / "mlflow_projects"
+
+
+def run_project(name: str, store: str, **parameters: object) -> subprocess.CompletedProcess[str]:
+    """`mlflow run`, in this environment."""
+    given = [f"-P{key}={value}" for key, value in parameters.items()]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "run",
+            str(PROJECTS / name),
+            "--env-manager",
+            "local",
+            *given,
+        ],
+        env=os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("Rows and columns, and what lies between them. " * 200)
+    return path
+
+
+def test_compress_is_one_run_with_its_model(bench_model: Path, text: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'store.db'}"
+    done = run_project(
+        "compress",
+        store,
+        model=bench_model,
+        recipe="id",
+        data=text,
+        samples=4,
+        sequence_length=64,
+        dtype="float32",
+        output=tmp_path / "out",
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    client = MlflowClient(tracking_uri=store)
+    [run] = client.search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["recipe"] == "id"
+    assert run.data.params["compress_stage.cur_modifiers.CURModifier.form"] == "id"
+    [model] = client.search_logged_models(["0"])
+    assert model.source_run_id == run.info.run_id
+    assert model.tags["checkpoint"] == str(tmp_path / "out")
+    metrics = {metric.key: metric.value for metric in model.metrics}
+    weights = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert metrics["bytes_checkpoint"] == weights
+    assert 0.7 < metrics["ratio_targets"] <= 0.8
+    AutoModelForCausalLM.from_pretrained(model.tags["checkpoint"])
+    artifacts = [file.path for file in client.list_artifacts(run.info.run_id)]
+    assert "layers.csv" in artifacts and not any("safetensors" in path for path in artifacts)
+
+
+def test_compress_that_fails_registers_nothing(
+    bench_model: Path, text: Path, tmp_path: Path
+) -> None:
+    store = f"sqlite:///{tmp_path / 'store.db'}"
+    wanted = {"model": bench_model, "recipe": "id", "data": text, "output": tmp_path / "out"}
+    done = run_project("compress", store, **wanted, samples=4000, sequence_length=64)
+    assert done.returncode != 0
+    assert "windows of 64 need 256000" in done.stderr
+    client = MlflowClient(tracking_uri=store)
+    assert [run.info.status for run in client.search_runs(["0"])] == ["FAILED"]
+    assert not client.search_logged_models(["0"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": "nothing"}, "no recipe nothing.*id_refined"),
+        ({"data": "/nowhere/text.txt"}, "no file or folder '/nowhere/text.txt'"),
+        ({"samples": "0"}, "not a whole number"),
+        ({"samples": "1.5"}, "not a whole number"),
+        ({"output": "{text}"}, "is a file"),
+    ],
+)
+def test_bad_input_is_named_before_the_slow_part(
+    change: dict[str, str],
+    message: str,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = load_script(PROJECTS / "compress" / "compress.py")
+    given = {"model": "x", "recipe": "id", "data": str(text), "output": str(tmp_path / "out")}
+    given |= {key: value.format(text=text) for key, value in change.items()}
+    with pytest.raises(SystemExit) as stopped:
+        script.main([part for key, value in given.items() for part in (f"--{key}", value)])
+    assert stopped.value.code != 0
+    said = " ".join(f"{capsys.readouterr().err} {stopped.value.code}".split())
+    assert re.search(message, said)
+    assert mlflow.active_run() is None
+
+
+def test_a_path_in_the_folder_of_the_project_is_refused(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script(PROJECTS / "compress" / "compress.py")
+    monkeypatch.chdir(PROJECTS / "compress")
+    with pytest.raises(SystemExit):
+        script.parse(["--recipe", "id", "--data", str(text), "--output", "out"])
+    assert "-P output=$PWD/out" in capsys.readouterr().err

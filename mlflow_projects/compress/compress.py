@@ -1,0 +1,134 @@
+"""Compress a model by a recipe, as one MLflow run with the checkpoint registered as a logged model.
+
+    mlflow run mlflow_projects/compress -P model=MODEL -P recipe=id -P data=TEXT -P output=OUT \
+        --env-manager local
+
+MODEL is a directory, a hub name or `smollm2`; the recipe a file, or the name of one in recipes/;
+TEXT a .txt, .raw or .jsonl file, a folder of such, or a data set on the hub. `mlflow run` starts in
+the project's own folder: give whole paths (-P output=$PWD/out). The checkpoint stays where it is;
+MLflow's logged model says where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PROJECT = Path(__file__).resolve().parent
+# Metrics of the stage by which models are compared, so they belong to the model as well.
+COMPARED = ("ratio_targets", "ratio_model")
+RECIPES = PROJECT.parent.parent / "recipes"
+sys.path[:0] = [str(RECIPES), str(RECIPES.parent / "tools")]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked as far as it can be without loading a model."""
+    parser = argparse.ArgumentParser(
+        prog="compress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--recipe", required=True, help=", ".join(named_recipes()) + ", or a file")
+    parser.add_argument("--data", required=True, help="text to calibrate on")
+    parser.add_argument("--samples", type=count, default=64, help="windows of it")
+    parser.add_argument("--sequence-length", type=count, default=1024, help="tokens a window")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--output", required=True, type=Path, help="directory of the checkpoint")
+    options = parser.parse_args(arguments)
+
+    named = named_recipes()
+    options.recipe = named.get(options.recipe, Path(options.recipe))
+    if not options.recipe.is_file():
+        parser.error(
+            f"no recipe {options.recipe}{elsewhere(options.recipe)}. Give a file, or one of "
+            f"{', '.join(named)}."
+        )
+    if not options.output.is_absolute() and Path.cwd() == PROJECT:
+        parser.error(
+            f"output {options.output} would lie in the project's own folder, where `mlflow run` "
+            "starts. Give a whole path: -P output=$PWD/out."
+        )
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"output {options.output} is a file. Name a directory.")
+    return options
+
+
+def named_recipes() -> dict[str, Path]:
+    """The recipes of this repository by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def count(text: str) -> int:
+    """A whole number from 1; MLflow writes those of a project as 64.0 or 64."""
+    value = float(text)
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1.")
+    return int(value)
+
+
+def elsewhere(path: Path) -> str:
+    """What to say of a path that is not there, where `mlflow run` has changed the folder."""
+    return (
+        "" if path.is_absolute() or Path.cwd() != PROJECT else f" in {PROJECT}: give a whole path"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compress, save, register."""
+    options = parse(arguments)
+    import mlflow
+    from run import compress, weight_bytes
+
+    from cur_modifier.data import read_documents
+
+    model = options.model
+    if model == "smollm2":
+        from smollm2 import smollm2
+
+        model = str(smollm2())
+    try:
+        read_documents(options.data)
+    except (OSError, ValueError) as error:
+        sys.exit(f"compress: {error}{elsewhere(Path(options.data))}")
+
+    # Joins the run that `mlflow run` has made. The stage joins it, too.
+    with mlflow.start_run() as run:
+        seconds = compress(
+            options.recipe,
+            model,
+            options.data,
+            options.output,
+            samples=options.samples,
+            sequence_length=options.sequence_length,
+            dtype=options.dtype,
+        )
+        output = options.output.resolve()
+        logged = mlflow.get_run(run.info.run_id).data.metrics
+        figures = {name: logged[name] for name in COMPARED if name in logged}
+        figures |= {"oneshot_seconds": seconds, "bytes_checkpoint": float(weight_bytes(output))}
+        registered = register(run.info.run_id, options, output)
+        mlflow.log_metrics(figures, model_id=registered.model_id)
+        print(f"{output}\nMLflow run {run.info.run_id}, model {registered.model_id}")
+
+
+def register(run_id: str, options: argparse.Namespace, output: Path) -> Any:
+    """The checkpoint as a logged model of the run, by reference: its bytes are not copied."""
+    import mlflow
+
+    name = f"{Path(options.model).name}-{options.recipe.stem}"
+    return mlflow.create_external_model(
+        name=re.sub(r"[/:.%\"']", "-", name),  # which MLflow refuses in names
+        source_run_id=run_id,
+        model_type="causal-lm",
+        tags={"checkpoint": str(output)},
+        params={"model": options.model, "recipe": options.recipe.stem, "data": options.data},
+    )
+
+
+if __name__ == "__main__":
+    main()
