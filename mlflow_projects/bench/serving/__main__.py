@@ -8,8 +8,8 @@ the speed-up is the median of the repetitions' ratios. Run it on an idle machine
 
 Load: reading and preparing the weights, in a process of its own, from files that the system holds
 in memory. Decode: 16 tokens behind prompts of 16, at batch 1, 8 and 32. Prefill: prompts of 512, at
-batch 1 and 8. The linear layers' share of the time is from a profile of one more repetition; with
-it comes their own speed-up, to be compared with the bytes that they no longer read. A row that
+batch 1 and 8. The linear layers' share of the time is from profiles of as many more repetitions; with
+them comes their own speed-up, to be compared with the bytes that they no longer read. A row that
 exists is kept, so an interrupted run continues.
 """
 
@@ -208,7 +208,10 @@ def compare(
         for _ in range(repetitions):
             pair = [ask(which, "measure", phase, batch) for which in (own, dense)]
             pairs.append((pair[0], pair[1]))
-        profiles = [ask(which, "profile", phase, batch) for which in (own, dense)]
+        profiles = [
+            tuple(ask(which, "profile", phase, batch) for which in (own, dense))
+            for _ in range(repetitions)
+        ]
         speeds = [mine["tokens_per_second"] for mine, _ in pairs]
         ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
         rows.append(
@@ -219,11 +222,11 @@ def compare(
                 "speedup_over_dense": median(ratios),
                 "speedup_range": [min(ratios), max(ratios)],
                 "seconds_to_first_token": median(mine["first_token"] for mine, _ in pairs),
-                "linear_share": profiles[0]["linear"] / profiles[0]["whole"],
-                "dense_linear_share": profiles[1]["linear"] / profiles[1]["whole"],
-                "linear_speedup": profiles[1]["linear"] / profiles[0]["linear"],
-                "peak_rss_bytes": profiles[0]["peak_rss_bytes"],
-                "dense_peak_rss_bytes": profiles[1]["peak_rss_bytes"],
+                "linear_share": median(mine["linear"] / mine["whole"] for mine, _ in profiles),
+                "dense_linear_share": median(a["linear"] / a["whole"] for _, a in profiles),
+                "linear_speedup": median(a["linear"] / mine["linear"] for mine, a in profiles),
+                "peak_rss_bytes": profiles[-1][0]["peak_rss_bytes"],
+                "dense_peak_rss_bytes": profiles[-1][1]["peak_rss_bytes"],
             }
         )
     return rows
