@@ -80,10 +80,10 @@ def test_a_model_that_does_not_load_is_reported(
 ) -> None:
     with (
         pytest.raises(EOFError),
-        bench.engine(tmp_path / "nothing", tmp_path / "engine.log"),
+        bench.engine(tmp_path / "nothing"),
     ):
         pass
-    assert "nothing" in (tmp_path / "engine.log").read_text()
+    assert "nothing" in (tmp_path / "nothing.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ the speed-up is the median of the repetitions' ratios. Run it on an idle machine
 
 Load: reading and preparing the weights, in a process of its own, from files that the system holds
 in memory. Decode: 16 tokens behind prompts of 16, at batch 1, 8 and 32. Prefill: prompts of 512, at
-batch 1 and 8. The linear layers' share of the time is from profiles of as many more repetitions; with
+batch 1 and 8. The linear layers' share of the time is from as many profiles; with
 them comes their own speed-up, to be compared with the bytes that they no longer read. A row that
 exists is kept, so an interrupted run continues.
 """
@@ -179,7 +179,7 @@ def compare_loading(own: Path, dense: Path, repetitions: int) -> Row:
     for _ in range(repetitions):
         seconds = []
         for model in (own, dense):
-            with engine(model, model.with_suffix(".log"), only_load=True) as (_, loaded):
+            with engine(model, only_load=True) as (_, loaded):
                 seconds.append(loaded["load_seconds"])
         pairs.append(seconds)
     ratios = [theirs / mine for mine, theirs in pairs]
@@ -239,17 +239,16 @@ def ask(engine: Connection, method: str, *arguments: Any) -> dict[str, float]:
 
 
 @contextmanager
-def engine(
-    model: Path, log: Path, *, only_load: bool = False
-) -> Iterator[tuple[Connection, dict[str, Any]]]:
+def engine(model: Path, *, only_load: bool = False) -> Iterator[tuple[Connection, dict[str, Any]]]:
     """A vLLM engine in a process of the serving environment, and what it said first; with
-    ``only_load`` that is all that there is.
+    ``only_load`` that is all that there is. Its log is beside the model.
 
     Raises:
         EOFError: it ended before it was ready, or where the connection is used, before it answered.
     """
     python = vllm_program().with_name("python")
     script = Path(__file__).with_name("engine.py")
+    log = model.parent / f"{model.name}.log"
     ours, theirs = Pipe()
     with log.open("wb") as output, ours:
         process = subprocess.Popen(
