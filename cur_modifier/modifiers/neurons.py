@@ -67,7 +67,9 @@ def find_neurons(
     linears = {
         f"{layer}.{name}": module for layer, parent in held for name, module in _linears(parent)
     }
-    found = []
+    found: list[Neurons] = []
+    if not held:
+        return found
     with _watching(model, [*linears, *(name for name, _ in held)]) as calls:
         for layer, _ in held:
             ran = [n for n in calls if n.startswith(f"{layer}.") and not _quantized(linears[n])]
@@ -97,6 +99,8 @@ def put_in_order(model: nn.Module, neurons: Sequence[Neurons]) -> int:
 
     Cost: as :func:`find_neurons`, and a copy of the consumers' weights.
     """
+    if not neurons:
+        return 0
     done = 0
     names = dict.fromkeys(n for each in neurons for n in (each.layer, each.consumer))
     with _watching(model, list(names)) as calls:
