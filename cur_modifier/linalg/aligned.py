@@ -28,8 +28,9 @@ def aligned(pairs: Sequence[LowRank]) -> list[RowID] | None:
     to be gathered when the model runs.
 
     The sequence starts from LU pivots that are large in all left factors ``A_k`` at once, and rows
-    are swapped while the product of all ``|det A_k[I_k]|`` grows. On SmolLM2's gate and up that
-    leaves ``max |T|`` below 3, where each with its own pivots has 2.
+    are swapped while the product of all ``|det A_k[I_k]|`` grows. On SmolLM2's gate and up (layers
+    0, 5, 20, 29) that leaves ``max |T|`` between 1.5 and 3.7, and pivots of each one's own between
+    1.7 and 3.6; the norms of T's rows are within a ninth of each other.
 
     Returns:
         The row IDs, or None where some ``A_k`` has no full rank or an entry of some ``T`` is above
