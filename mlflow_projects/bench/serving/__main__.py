@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--variants", type=_names(VARIANTS), default=DEFAULT, help=", ".join(VARIANTS)
     )
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"JSON file [{OUTPUT}]")
     parser.add_argument("--no-mlflow", action="store_true", help="log nothing")
     options = parser.parse_args(arguments)
