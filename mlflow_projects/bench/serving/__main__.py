@@ -136,11 +136,7 @@ def measure_model(
             if LOAD in phases:
                 rows.append(compare_loading(directory, dense, options.repetitions))
             if speeds := [phase for phase in phases if phase != LOAD]:
-                logs = [path.with_suffix(".log") for path in (directory, dense)]
-                with (
-                    engine(directory, logs[0]) as (own, said),
-                    engine(dense, logs[1]) as (beside, _),
-                ):
+                with engine(directory) as (own, said), engine(dense) as (beside, _):
                     found = compare(own, beside, speeds, options.repetitions)
                 rows += [row | said for row in found]
         except (EOFError, OSError, RuntimeError, ValueError) as error:
