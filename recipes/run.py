@@ -39,6 +39,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def model_source(name: str) -> str:
+    """What transformers loads: a directory or hub name, `smollm2` as the directory it lies in."""
+    if name != "smollm2":
+        return name
+    from smollm2 import smollm2
+
+    return str(smollm2())
+
+
 def compress(
     recipe: Path,
     model_name: str,
@@ -78,11 +87,7 @@ def weight_bytes(directory: str | Path) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Compress, evaluate, print."""
     options = parse(arguments)
-    model_name = options.model
-    if model_name == "smollm2":
-        from smollm2 import smollm2
-
-        model_name = str(smollm2())
+    model_name = model_source(options.model)
     seconds = compress(
         options.recipe,
         model_name,

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cur_modifier.linalg.checks import require_finite
-from cur_modifier.linalg.compact import row_id
+from cur_modifier.linalg.compact import LARGEST_ENTRY, require_row_id, row_id
 from cur_modifier.linalg.forms import LowRank, RowID
 from cur_modifier.linalg.subspace import lstsq
 
@@ -15,8 +14,6 @@ __all__ = ["aligned"]
 
 # Rows are swapped for a product of volumes this many times larger.
 _VOLUME = 1.1
-# A common order in which an entry of some T stays above this is given up.
-_LARGEST_ENTRY = 8.0
 
 
 def aligned(pairs: Sequence[LowRank]) -> list[RowID] | None:
@@ -49,7 +46,7 @@ def aligned(pairs: Sequence[LowRank]) -> list[RowID] | None:
     sequence = _swapped(factors, sequence)
     found = [row_id(pair, *sequence.tensor_split([pair.A.shape[1]])) for pair in pairs]
     entries = [float(one.T.abs().max()) for one in found if one.T.numel()]
-    return None if max(entries, default=0.0) > _LARGEST_ENTRY else found
+    return None if max(entries, default=0.0) > LARGEST_ENTRY else found
 
 
 def _require_alike(pairs: Sequence[LowRank]) -> None:
@@ -60,13 +57,7 @@ def _require_alike(pairs: Sequence[LowRank]) -> None:
             "pair, and equally many outputs in all of them."
         )
     for pair in pairs:
-        require_finite(pair.A, "the left factor")
-        require_finite(pair.B, "the right factor")
-        if pair.A.shape[0] < pair.A.shape[1]:
-            raise ValueError(
-                f"a left factor has shape {tuple(pair.A.shape)}; a row ID needs at least as many "
-                "rows as the rank. Lower the rank."
-            )
+        require_row_id(pair)
 
 
 def _common_pivots(factors: Sequence[torch.Tensor]) -> torch.Tensor | None:

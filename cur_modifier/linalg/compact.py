@@ -11,14 +11,15 @@ from cur_modifier.linalg.forms import LowRank, RowID
 from cur_modifier.linalg.selection import deim
 from cur_modifier.linalg.subspace import lstsq
 
-__all__ = ["compact", "row_id", "stacking_order"]
+__all__ = ["LARGEST_ENTRY", "compact", "require_row_id", "row_id", "stacking_order"]
 
 # Below this a pivot is rounding: the row to bring in depends on the rows that would stay.
 _DEPENDENT = torch.finfo(torch.float64).eps ** 0.5
-# Pairs of rows are swapped for a volume this many times larger, and given up for single rows where
-# an entry of T stays above the bound.
+# A choice of rows that saves time when the model runs is given up for single rows of each factor's
+# own where it leaves a larger entry of T.
+LARGEST_ENTRY = 8.0
+# Pairs of rows are swapped for a volume this many times larger.
 _PAIR_VOLUME = 1.2
-_PAIR_ENTRY = 8.0
 
 
 def compact(
@@ -63,13 +64,7 @@ def compact(
         ValueError: a factor is not finite, the left one is wide, ``max_entry`` is not above 1, or
             the blocks do not fit.
     """
-    if pair.A.shape[0] < pair.A.shape[1]:
-        raise ValueError(
-            f"the left factor has shape {tuple(pair.A.shape)}; a row ID needs at least as many "
-            "rows as the rank. Lower the rank."
-        )
-    require_finite(pair.A, "the left factor")
-    require_finite(pair.B, "the right factor")
+    require_row_id(pair)
     if not max_entry > 1:
         raise ValueError(f"max_entry is {max_entry}; swapping rows terminates only above 1.")
     if blocks is not None:
@@ -80,6 +75,19 @@ def compact(
     if in_pairs and not any(count % 2 for count in counts):
         found = _well_conditioned_pairs(A, blocks)
     return row_id(pair, *(found or _well_conditioned_rows(A, max_entry, blocks)))
+
+
+def require_row_id(pair: LowRank) -> None:
+    """Raises:
+    ValueError: the pair is no row ID of its rank: the left factor is wide, or one not finite.
+    """
+    if pair.A.shape[0] < pair.A.shape[1]:
+        raise ValueError(
+            f"the left factor has shape {tuple(pair.A.shape)}; a row ID needs at least as many "
+            "rows as the rank. Lower the rank."
+        )
+    require_finite(pair.A, "the left factor")
+    require_finite(pair.B, "the right factor")
 
 
 def row_id(pair: LowRank, chosen: torch.Tensor, rest: torch.Tensor) -> RowID:
@@ -125,7 +133,7 @@ def _well_conditioned_pairs(
         return None
     exchange = _Exchange(A, start, blocks, run=2)
     exchange.improve(_PAIR_VOLUME)
-    return None if exchange.largest() > _PAIR_ENTRY else (exchange.chosen, exchange.rest)
+    return None if exchange.largest() > LARGEST_ENTRY else (exchange.chosen, exchange.rest)
 
 
 def _pivot_pairs(A: torch.Tensor) -> torch.Tensor | None:

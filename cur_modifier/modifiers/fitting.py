@@ -92,18 +92,22 @@ class Fitting:
                 the stacked weight.
         """
         targets = targets or {}
+        gram = fitted_gram(self.recipe.fit, second_moment)
+        mean_square = None if second_moment is None else second_moment.diagonal()
         for together in self._by_neurons(group):
             started = time.perf_counter()
-            found = self._factors(together, second_moment, targets)
-            for waiting, factors in zip(together, found, strict=True):
+            weights = [_wide(waiting.candidate.weight, second_moment) for waiting in together]
+            found = self._factors(together, weights, second_moment, targets)
+            for waiting, W, factors in zip(together, weights, found, strict=True):
                 dense = list(waiting.candidate.members.values())
                 _load(list(waiting.containers.values()), factors, dense)
-                self._record(waiting, second_moment)
+                self._compare(waiting, W, gram)
             records = [self.journal.records[n] for w in together for n in w.candidate.members]
             for record in records:
                 record.seconds = (time.perf_counter() - started) / len(records)
-            for waiting in together:
-                self._log(waiting, second_moment)
+            for waiting, W in zip(together, weights, strict=True):
+                own = [self.journal.records[name] for name in waiting.candidate.members]
+                self.journal.fitted(waiting.candidate.name, own, W, mean_square)
 
     def _by_neurons(self, group: Sequence[Waiting]) -> list[list[Waiting]]:
         together: dict[object, list[Waiting]] = {}
@@ -116,12 +120,11 @@ class Fitting:
     def _factors(
         self,
         together: Sequence[Waiting],
+        weights: Sequence[torch.Tensor],
         second_moment: torch.Tensor | None,
         targets: Mapping[str, torch.Tensor],
     ) -> Sequence[CUR | RowID]:
         candidates = [waiting.candidate for waiting in together]
-        device = None if second_moment is None else second_moment.device
-        weights = [c.weight.to(device or c.weight.device) for c in candidates]
         ranks = [c.rank for c in candidates if c.rank is not None]
         noise = [self.journal.records[next(iter(c.members))].expected_noise for c in candidates]
         metrics = [self.outputs_metric(c) for c in candidates]
@@ -156,25 +159,16 @@ class Fitting:
                 )
             ]
 
-    def _record(self, waiting: Waiting, second_moment: torch.Tensor | None) -> None:
-        candidate = waiting.candidate
-        gram = fitted_gram(self.recipe.fit, second_moment)
-        W = _wide(candidate.weight, second_moment)
+    def _compare(self, waiting: Waiting, W: torch.Tensor, gram: torch.Tensor | None) -> None:
+        """Put into the records how far the loaded factors are from ``W``, and how large."""
         for (name, container), block in zip(
-            waiting.containers.items(), W.split(candidate.sizes), strict=True
+            waiting.containers.items(), W.split(waiting.candidate.sizes), strict=True
         ):
             record = self.journal.records[name]
             record.relative_error = relative_error(block, container.dense_weight().to(W), gram)
             factor_entries = [f.weight.detach().abs().max() for f in container.factors.values()]
             # None where all its outputs are in the skeleton of another module.
             record.max_factor_entry = max(map(float, factor_entries), default=None)
-
-    def _log(self, waiting: Waiting, second_moment: torch.Tensor | None) -> None:
-        candidate = waiting.candidate
-        mean_square = None if second_moment is None else second_moment.diagonal()
-        records = [self.journal.records[name] for name in candidate.members]
-        W = _wide(candidate.weight, second_moment)
-        self.journal.fitted(candidate.name, records, W, mean_square)
 
     def regularized(self, names: Sequence[str], gram: torch.Tensor, tokens: int) -> torch.Tensor:
         """The Gram matrix of what the modules ``names`` read, with what its tokens leave open

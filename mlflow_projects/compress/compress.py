@@ -82,15 +82,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Compress, save, register."""
     options = parse(arguments)
     import mlflow
-    from run import compress, weight_bytes
+    from run import compress, model_source, weight_bytes
 
     from cur_modifier.data import read_documents
 
-    model = options.model
-    if model == "smollm2":
-        from smollm2 import smollm2
-
-        model = str(smollm2())
+    model = model_source(options.model)
     try:
         read_documents(options.data)
     except (OSError, ValueError) as error:
