@@ -56,26 +56,39 @@ def read_documents(source: str | Path, *, column: str = "text", split: str = "tr
 
 
 def token_windows(
-    documents: Sequence[str], tokenizer: Any, *, windows: int | None, sequence_length: int
+    documents: Sequence[str],
+    tokenizer: Any,
+    *,
+    windows: int | None,
+    sequence_length: int,
+    stride: int | None = None,
 ) -> torch.Tensor:
-    """``(windows, sequence_length)`` token ids: the documents joined and cut without overlap.
+    """``(windows, sequence_length)`` token ids: the documents joined and cut.
 
     Args:
         windows: how many, from the start; None takes all that fill up.
+        stride: tokens from the start of one window to that of the next, at most their length,
+            which is the default: no overlap.
 
     Raises:
-        ValueError: the text is too short, with the tokens needed and found.
+        ValueError: the text is too short, with the tokens needed and found; a stride that leaves
+            tokens out.
     """
+    stride = sequence_length if stride is None else stride
+    if not 1 <= stride <= sequence_length:
+        raise ValueError(
+            f"stride {stride} is not between 1 and the windows' {sequence_length} tokens."
+        )
     ids = tokenizer("\n\n".join(documents), return_tensors="pt", verbose=False).input_ids[0]
-    full = len(ids) // sequence_length
+    full = max((len(ids) - sequence_length) // stride + 1, 0)
     wanted = full if windows is None else windows
     if wanted < 1 or wanted > full:
-        need = max(wanted, 1) * sequence_length
+        need = (max(wanted, 1) - 1) * stride + sequence_length
         raise ValueError(
             f"the text has {len(ids)} tokens, but {max(wanted, 1)} windows of {sequence_length} "
             f"need {need}. Give more text, fewer windows or shorter ones."
         )
-    return ids[: wanted * sequence_length].view(wanted, sequence_length)
+    return ids.unfold(0, sequence_length, stride)[:wanted]
 
 
 def calibration_dataset(

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +19,11 @@ from tqdm import tqdm
 
 from cur_modifier.data import read_documents, token_windows
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "Scorer", "perplexity", "perplexity_of"]
+
+
+# A window (length,) of token ids to the log-likelihoods (length - 1,) of all but its first.
+Scorer = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,36 +34,52 @@ class Perplexity:
     tokens: int
     windows: int
     sequence_length: int
+    stride: int
     seconds: float
 
 
-@torch.no_grad()
-def perplexity(model: Any, windows: torch.Tensor, *, bfloat16: bool = False) -> Perplexity:
+def perplexity(
+    model: Any, windows: torch.Tensor, *, stride: int | None = None, bfloat16: bool = False
+) -> Perplexity:
     """Perplexity of a causal language model on ``windows (count, length)`` of token ids.
 
     Every window is scored by itself: its first token is context only, no window sees another.
 
     Args:
+        stride: tokens from the start of one window to that of the next; the length if None. Where
+            windows overlap, every token is scored once, in the first window that holds it.
         bfloat16: autocast matrix products to bfloat16. On SmolLM2 that halves the time and moves
             the result by about 0.01.
 
     Raises:
         ValueError: the model's output is not finite.
     """
-    started = time.perf_counter()
     device = next(model.parameters()).device
     model.eval()
-    total = 0.0
-    autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
-    for window in tqdm(windows, desc="Perplexity", leave=False):
+
+    @torch.no_grad()
+    def score(window: torch.Tensor) -> torch.Tensor:
         ids = window[None].to(device)
+        autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
         with autocast:
             logits = model(input_ids=ids, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[0, :-1].float(), ids[0, 1:], reduction="sum"
+        return -torch.nn.functional.cross_entropy(
+            logits[0, :-1].float(), ids[0, 1:], reduction="none"
         )
-        total += float(loss)
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
+
+    return perplexity_of(score, windows, stride=stride)
+
+
+def perplexity_of(score: Scorer, windows: torch.Tensor, *, stride: int | None = None) -> Perplexity:
+    """:func:`perplexity` of whatever gives log-likelihoods, a server among others."""
+    started = time.perf_counter()
+    count, length = windows.shape
+    stride = length if stride is None else stride
+    total, tokens = 0.0, 0
+    for index, window in enumerate(tqdm(windows, desc="Perplexity", leave=False)):
+        new = score(window)[-stride:] if index else score(window)
+        total -= float(new.double().sum())
+        tokens += len(new)
     if not math.isfinite(total):
         raise ValueError(
             "the model's log-likelihood is not finite: it produces NaN or infinity on this text. "
@@ -67,8 +88,9 @@ def perplexity(model: Any, windows: torch.Tensor, *, bfloat16: bool = False) -> 
     return Perplexity(
         perplexity=math.exp(total / tokens),
         tokens=tokens,
-        windows=windows.shape[0],
-        sequence_length=windows.shape[1],
+        windows=count,
+        sequence_length=length,
+        stride=stride,
         seconds=time.perf_counter() - started,
     )
 
@@ -82,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", required=True, help=".txt/.raw/.jsonl file, folder, or hub name")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--stride", type=int, help="tokens between windows [their length]")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
 
@@ -91,10 +114,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows = token_windows(
-        documents, tokenizer, windows=options.windows, sequence_length=options.sequence_length
+        documents,
+        tokenizer,
+        windows=options.windows,
+        sequence_length=options.sequence_length,
+        stride=options.stride,
     )
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
-    print(json.dumps(asdict(perplexity(model, windows)), indent=2))
+    print(json.dumps(asdict(perplexity(model, windows, stride=options.stride)), indent=2))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,33 @@ NO_PROCESSOR = _Processor()
 
 def load_script(path: Path) -> Any:
     """A script of this repository as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"script {path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[f"script {path.stem}"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def run_project(name: str, store: str, **parameters: object) -> subprocess.CompletedProcess[str]:
+    """`mlflow run`, in this environment."""
+    given = [f"-P{key}={value}" for key, value in parameters.items()]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "run",
+            str(REPOSITORY / "mlflow_projects" / name),
+            "--env-manager",
+            "local",
+            *given,
+        ],
+        env=os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
 
 
 def recipe_text(

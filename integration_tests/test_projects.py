@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
-from support import REPOSITORY, load_script
+from support import REPOSITORY, load_script, run_project
 from transformers import AutoModelForCausalLM
 
 PROJECTS = REPOSITORY / "mlflow_projects"
-
-
-def run_project(name: str, store: str, **parameters: object) -> subprocess.CompletedProcess[str]:
-    """`mlflow run`, in this environment."""
-    given = [f"-P{key}={value}" for key, value in parameters.items()]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "run",
-            str(PROJECTS / name),
-            "--env-manager",
-            "local",
-            *given,
-        ],
-        env=os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": path},
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture

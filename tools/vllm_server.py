@@ -31,21 +31,11 @@ class ServerError(RuntimeError):
     """The server did not start, or ended; the message ends with its log."""
 
 
-class Server:
-    """A running ``vllm serve``.
+class Client:
+    """A server that runs, at ``url`` without a path."""
 
-    Attributes:
-        url: of the server, without a path.
-        process: the process that was started; its children are vLLM's engine and workers.
-        log: the file that all of them write to.
-        ended_by_itself: what ``stop`` said of it; None until then.
-    """
-
-    def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.url = url
-        self.process = process
-        self.log = log
-        self.ended_by_itself: bool | None = None
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
 
     def get(self, path: str, *, timeout: float = 60) -> str:
         """The answer to a GET."""
@@ -65,6 +55,22 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.load(answer)
+
+
+class Server(Client):
+    """A running ``vllm serve``.
+
+    Attributes:
+        process: the process that was started; its children are vLLM's engine and workers.
+        log: the file that all of them write to.
+        ended_by_itself: what ``stop`` said of it; None until then.
+    """
+
+    def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        super().__init__(url)
+        self.process = process
+        self.log = log
+        self.ended_by_itself: bool | None = None
 
     def log_tail(self, lines: int = 40) -> str:
         """The end of the log."""

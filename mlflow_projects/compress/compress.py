@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -24,7 +22,9 @@ PROJECT = Path(__file__).resolve().parent
 # Metrics of the stage by which models are compared, so they belong to the model as well.
 COMPARED = ("ratio_targets", "ratio_model")
 RECIPES = PROJECT.parent.parent / "recipes"
-sys.path[:0] = [str(RECIPES), str(RECIPES.parent / "tools")]
+sys.path[:0] = [str(PROJECT.parent), str(RECIPES), str(RECIPES.parent / "tools")]
+
+from arguments import count, elsewhere  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,8 +45,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.recipe = named.get(options.recipe, Path(options.recipe))
     if not options.recipe.is_file():
         parser.error(
-            f"no recipe {options.recipe}{elsewhere(options.recipe)}. Give a file, or one of "
-            f"{', '.join(named)}."
+            f"no recipe {options.recipe}{elsewhere(options.recipe, PROJECT)}. Give a file, or one "
+            f"of {', '.join(named)}."
         )
     if not options.output.is_absolute() and Path.cwd() == PROJECT:
         parser.error(
@@ -63,25 +63,11 @@ def named_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
-def count(text: str) -> int:
-    """A whole number from 1; MLflow writes those of a project as 64.0 or 64."""
-    value = float(text)
-    if value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1.")
-    return int(value)
-
-
-def elsewhere(path: Path) -> str:
-    """What to say of a path that is not there, where `mlflow run` has changed the folder."""
-    return (
-        "" if path.is_absolute() or Path.cwd() != PROJECT else f" in {PROJECT}: give a whole path"
-    )
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Compress, save, register."""
     options = parse(arguments)
     import mlflow
+    from registry import register
     from run import compress, model_source, weight_bytes
 
     from cur_modifier.data import read_documents
@@ -90,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         read_documents(options.data)
     except (OSError, ValueError) as error:
-        sys.exit(f"compress: {error}{elsewhere(Path(options.data))}")
+        sys.exit(f"compress: {error}{elsewhere(options.data, PROJECT)}")
 
     # Joins the run that `mlflow run` has made. The stage joins it, too.
     with mlflow.start_run() as run:
@@ -107,23 +93,14 @@ def main(arguments: list[str] | None = None) -> None:
         logged = mlflow.get_run(run.info.run_id).data.metrics
         figures = {name: logged[name] for name in COMPARED if name in logged}
         figures |= {"oneshot_seconds": seconds, "bytes_checkpoint": float(weight_bytes(output))}
-        registered = register(run.info.run_id, options, output)
+        registered = register(
+            run.info.run_id,
+            f"{Path(options.model).name}-{options.recipe.stem}",
+            output,
+            {"model": options.model, "recipe": options.recipe.stem, "data": options.data},
+        )
         mlflow.log_metrics(figures, model_id=registered.model_id)
         print(f"{output}\nMLflow run {run.info.run_id}, model {registered.model_id}")
-
-
-def register(run_id: str, options: argparse.Namespace, output: Path) -> Any:
-    """The checkpoint as a logged model of the run, by reference: its bytes are not copied."""
-    import mlflow
-
-    name = f"{Path(options.model).name}-{options.recipe.stem}"
-    return mlflow.create_external_model(
-        name=re.sub(r"[/:.%\"']", "-", name),  # which MLflow refuses in names
-        source_run_id=run_id,
-        model_type="causal-lm",
-        tags={"checkpoint": str(output)},
-        params={"model": options.model, "recipe": options.recipe.stem, "data": options.data},
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+"""What the command lines of the MLflow projects share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def count(text: str) -> int:
+    """A whole number from 1; MLflow writes those of a project as 64.0 or 64."""
+    return _whole(text, 1)
+
+
+def count_or_none(text: str) -> int | None:
+    """A whole number from 0, where 0 stands for no limit, or for the default."""
+    return _whole(text, 0) or None
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated list; the empty text is the empty list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def elsewhere(path: str | Path, project: Path) -> str:
+    """What to add of a path that is not there, where `mlflow run` has changed the folder."""
+    if Path(path).is_absolute() or Path.cwd() != project:
+        return ""
+    return f" in {project}: give a whole path"
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = float(text)
+        if value != int(value) or value < least:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least}.") from None
+    return int(value)

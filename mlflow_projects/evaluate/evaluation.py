@@ -1,0 +1,363 @@
+"""Perplexity on texts and accuracy on tasks of one model, logged with the model's own run.
+
+    mlflow run mlflow_projects/evaluate -P model=$PWD/out -P data=$PWD/wiki.test.raw \
+        -P tasks=boolq,piqa -P task_data=$PWD/zeroshot --env-manager local
+
+MODEL is a directory, a hub name or `smollm2`; DATA names texts, comma-separated (files, folders or
+hub names); TASKS those of lm-eval, asked of the hub or of local files (TASK_DATA, laid out as
+local_tasks.py says). BACKEND is `transformers`, `vllm` (which starts a server and ends it) or the
+URL of a server that serves the model. BASELINE is a second model, the dense one usually, measured
+in the same run. A checkpoint that `compress` registered gets the figures too: its logged model, and
+the run that made it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PROJECT = Path(__file__).resolve().parent
+REPOSITORY = PROJECT.parent.parent
+sys.path[:0] = [
+    str(folder)
+    for folder in (PROJECT, PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
+]
+
+from arguments import count, count_or_none, elsewhere, names  # noqa: E402
+
+ANSWER_TOKENS = 256  # room that a served model needs beyond a window, for tasks that generate
+TASK_LENGTH = 2048  # tokens of a prompt that tasks may need
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of one model: ``boolq/acc`` or ``perplexity/wiki.test``."""
+
+    name: str
+    value: float
+    stderr: float | None
+    of: str  # what it counts: tokens, questions
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked as far as it can be without loading a model."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=names, default=[], help="texts, comma-separated")
+    parser.add_argument("--windows", type=count, default=24, help="windows of each text")
+    parser.add_argument("--sequence-length", type=count, default=1024, help="tokens a window")
+    parser.add_argument(
+        "--stride", type=count_or_none, default=None, help="tokens between windows; 0: no overlap"
+    )
+    parser.add_argument("--tasks", type=names, default=[], help="of lm-eval, comma-separated")
+    parser.add_argument("--task-data", default="", help="folder of the tasks' questions")
+    parser.add_argument(
+        "--limit", type=count_or_none, default=None, help="questions a task; 0: all"
+    )
+    parser.add_argument("--few-shot", type=float, default=-1, help="-1: as each task has it")
+    parser.add_argument("--batch-size", type=count, default=8, help="questions at a time")
+    parser.add_argument("--backend", default="transformers", help="transformers, vllm, or a URL")
+    parser.add_argument(
+        "--dtype",
+        default="",
+        choices=["", "float32", "bfloat16", "float16"],
+        help="float32 in transformers and the checkpoint's own in vLLM by default",
+    )
+    parser.add_argument("--baseline", default="", help="a model to compare with")
+    options = parser.parse_args(arguments)
+
+    if not options.data and not options.tasks:
+        parser.error("nothing to measure: give data=TEXT, tasks=NAMES, or both.")
+    if options.stride is not None and options.stride > options.sequence_length:
+        parser.error(
+            f"stride {options.stride} leaves out tokens between windows of "
+            f"{options.sequence_length}. Give at most that, or 0 for no overlap."
+        )
+    if options.few_shot not in (-1, *range(100)):
+        parser.error(f"few_shot {options.few_shot:g} is not a whole number from 0, nor -1.")
+    options.few_shot = None if options.few_shot < 0 else int(options.few_shot)
+    url = options.backend.startswith(("http://", "https://"))
+    if not url and options.backend not in ("transformers", "vllm"):
+        parser.error(
+            f"backend {options.backend!r} is not transformers, vllm or the URL of a server."
+        )
+    if url and options.baseline:
+        parser.error(
+            f"{options.backend} serves one model, so it can't measure a baseline as well. Evaluate "
+            "the baseline by itself, or give backend=vllm."
+        )
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Check, measure, log, print."""
+    options = parse(arguments)
+    from backends import BackendError
+
+    try:
+        evaluate(options)
+    except (BackendError, _BadInputError) as error:
+        sys.exit(f"evaluate: {error}")
+
+
+class _BadInputError(ValueError):
+    """What the user gave can't be evaluated; the message says why and what to do."""
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, list[Figure]]:
+    """All figures by model, logged."""
+    import mlflow
+    from registry import registered
+    from run import model_source
+
+    sources = {name: _checked(model_source(name)) for name in _models(options)}
+    texts = _texts(options, sources[options.model])
+    tasks = _Tasks(options) if options.tasks else None
+    _check_backend(options)
+
+    with mlflow.start_run() as run:
+        model = registered(sources[options.model])
+        if model is not None:
+            mlflow.set_tags(
+                {"mlflow.parentRunId": model.source_run_id, "evaluated_model": model.model_id}
+            )
+        figures: dict[str, list[Figure]] = {}
+        for name, source in sources.items():
+            with _backend(options, source) as backend:
+                figures[name] = list(_perplexities(backend, texts, options))
+                if tasks is not None:
+                    found, raw = tasks.ask(backend)
+                    figures[name] += found
+                    mlflow.log_dict(raw, f"lm_eval-{_role(name, options)}.json")
+            _log(figures[name], _role(name, options), model)
+        mlflow.log_text(_csv(figures, options), "figures.csv")
+        if options.baseline:
+            from figures import before_after
+
+            mlflow.log_figure(before_after(*figures.values()), "before_after.png")
+        print(_table(figures))
+        print(f"MLflow run {run.info.run_id}" + (f", model {model.model_id}" if model else ""))
+    return figures
+
+
+def _models(options: argparse.Namespace) -> list[str]:
+    """The baseline comes last: the figures that were asked for are there if it fails."""
+    return [options.model] + ([options.baseline] if options.baseline else [])
+
+
+def _role(name: str, options: argparse.Namespace) -> str:
+    return "model" if name == options.model else "baseline"
+
+
+def _checked(source: str) -> str:
+    """A directory that holds a checkpoint, as a whole path; anything else is a hub's name."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise _BadInputError(f"{source} is not a checkpoint: it holds no config.json.")
+        return str(path.resolve())
+    if path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        raise _BadInputError(f"no checkpoint at {source}{elsewhere(path, PROJECT)}.")
+    return source
+
+
+def _texts(options: argparse.Namespace, source: str) -> dict[str, Any]:
+    """Windows of token ids by the name of their text."""
+    from transformers import AutoTokenizer
+
+    from cur_modifier.data import read_documents, token_windows
+
+    if not options.data:
+        return {}
+    documents = {}
+    for text in options.data:
+        name = Path(text).name.removesuffix(".gz")
+        name = Path(name).stem if Path(text).exists() else name
+        if name in documents:
+            raise _BadInputError(
+                f"two texts are called {name}: their figures would share one name."
+            )
+        try:
+            documents[name] = read_documents(text)
+        except (OSError, ValueError) as error:
+            raise _BadInputError(f"{error}{elsewhere(text, PROJECT)}") from None
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = {}
+    for name, found in documents.items():
+        try:
+            windows[name] = token_windows(
+                found,
+                tokenizer,
+                windows=options.windows,
+                sequence_length=options.sequence_length,
+                stride=options.stride,
+            )
+        except ValueError as error:
+            raise _BadInputError(f"{name}: {error}") from None
+    return windows
+
+
+class _Tasks:
+    """Tasks of lm-eval, known and with their questions at hand before a model is loaded."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import datasets
+        from lm_eval.tasks import TaskManager
+        from local_tasks import cached_tasks
+
+        self._options = options
+        # Else a line for each task that local questions replace, and a bar for each that is read.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
+        include = None
+        if options.task_data:
+            try:
+                include = cached_tasks(Path(options.task_data))
+            except (OSError, ValueError) as error:
+                raise _BadInputError(f"{error}{elsewhere(options.task_data, PROJECT)}") from None
+        self._manager = TaskManager(include_path=str(include) if include else None)
+        known = self._manager.task_index
+        unknown = [name for name in options.tasks if name not in known]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=4)
+            raise _BadInputError(
+                f"lm-eval knows no task {', '.join(unknown)}"
+                + (f"; near it: {', '.join(near)}." if near else ".")
+            )
+        try:
+            self._manager.load(options.tasks)
+        except Exception as error:  # of datasets, the hub's client, or the task's own code
+            raise _BadInputError(
+                f"the questions of {', '.join(options.tasks)} can't be had: {error}. Where the hub "
+                "is out of reach, task_data=FOLDER takes them from files (local_tasks.py says how)."
+            ) from None
+
+    def ask(self, backend: Any) -> tuple[list[Figure], dict[str, Any]]:
+        """Every metric of every task and group, and lm-eval's own results."""
+        import lm_eval
+
+        results = lm_eval.simple_evaluate(
+            model=backend.lm(),
+            tasks=self._options.tasks,
+            num_fewshot=self._options.few_shot,
+            limit=self._options.limit,
+            task_manager=self._manager,
+            log_samples=False,
+        )
+        found = {**results["results"], **results.get("groups", {})}
+        return list(_figures(found, results["n-samples"])), json.loads(
+            json.dumps(results, default=str)
+        )
+
+
+def _figures(results: Mapping[str, Any], samples: Mapping[str, Any]) -> Iterator[Figure]:
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{kind}")
+            suffix = "" if kind == "none" else f"-{kind}"
+            count = samples.get(task, {}).get("effective")
+            yield Figure(
+                f"{task}/{metric}{suffix}",
+                float(value),
+                stderr if isinstance(stderr, int | float) else None,
+                f"{count} questions" if count else "its tasks",
+            )
+
+
+def _perplexities(
+    backend: Any, texts: Mapping[str, Any], options: argparse.Namespace
+) -> Iterator[Figure]:
+    for name, windows in texts.items():
+        found = backend.perplexity(windows, options.stride)
+        yield Figure(f"perplexity/{name}", found.perplexity, None, f"{found.tokens} tokens")
+
+
+def _check_backend(options: argparse.Namespace) -> None:
+    """Raise where a server could not be started."""
+    from backends import BackendError
+    from vllm_server import ServerError, vllm_program
+
+    if options.backend == "vllm":
+        try:
+            vllm_program()
+        except ServerError as error:
+            raise BackendError(f"{error} CUR_SERVE_PYTHON names its Python.") from None
+
+
+@contextmanager
+def _backend(options: argparse.Namespace, source: str) -> Iterator[Any]:
+    from backends import transformers_backend, url_backend, vllm_backend
+
+    with ExitStack() as stack:
+        if options.backend == "transformers":
+            chosen = transformers_backend(source, options.dtype, options.batch_size)
+        elif options.backend == "vllm":
+            longest = max(options.sequence_length + 1, TASK_LENGTH if options.tasks else 0)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="evaluate-"))
+            chosen = vllm_backend(source, options.dtype, longest, Path(folder) / "vllm.log")
+        else:
+            chosen = url_backend(options.backend, source)
+        yield stack.enter_context(chosen)
+
+
+def _log(figures: list[Figure], role: str, model: Any | None) -> None:
+    """To this run; the model's own also to its logged model and the run that made it."""
+    import mlflow
+
+    prefix = "" if role == "model" else "baseline/"
+    values = {f"{prefix}{f.name}": f.value for f in figures}
+    values |= {f"{prefix}{f.name}_stderr": f.stderr for f in figures if f.stderr is not None}
+    if role != "model" or model is None:
+        mlflow.log_metrics(values)
+        return
+    mlflow.log_metrics(values, model_id=model.model_id)
+    client = mlflow.MlflowClient()
+    for name, value in values.items():
+        client.log_metric(model.source_run_id, name, value)
+
+
+def _csv(figures: Mapping[str, list[Figure]], options: argparse.Namespace) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["model", "figure", "value", "standard_error", "of"])
+    for name, found in figures.items():
+        rows.writerows([name, f.name, f.value, f.stderr, f.of] for f in found)
+    return text.getvalue()
+
+
+def _table(figures: Mapping[str, list[Figure]]) -> str:
+    """A line a figure, a column a model."""
+    columns = list(figures)
+    width = max(len(f.name) for found in figures.values() for f in found) + 2
+    lines = [f"\n{'':<{width}}" + "".join(f"{Path(name).name[-22:]:>24}" for name in columns)]
+    for index, first in enumerate(figures[columns[0]]):
+        cells = ""
+        for name in columns:
+            found = figures[name][index]
+            spread = "" if found.stderr is None else f" ± {found.stderr:.4f}"
+            cells += f"{f'{found.value:.4f}{spread}':>24}"
+        lines.append(f"{first.name:<{width}}{cells}   {first.of}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Checkpoints as logged models of MLflow 3: registered where they lie, found by their path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+
+CHECKPOINT = "checkpoint"  # the tag of a logged model that holds its directory
+
+
+def register(run_id: str, name: str, checkpoint: Path, params: Mapping[str, str]) -> Any:
+    """The checkpoint as a logged model of the run, by reference: its bytes are not copied."""
+    return mlflow.create_external_model(
+        name=re.sub(r"[/:.%\"']", "-", name),  # which MLflow refuses in names
+        source_run_id=run_id,
+        model_type="causal-lm",
+        tags={CHECKPOINT: str(checkpoint)},
+        params=dict(params),
+    )
+
+
+def registered(checkpoint: str | Path) -> Any | None:
+    """The newest logged model at this directory, in any experiment of the store."""
+    path = str(Path(checkpoint).resolve())
+    if "'" in path:  # MLflow's filters know no way to write it
+        return None
+    experiments = [e.experiment_id for e in mlflow.search_experiments()]
+    models = mlflow.search_logged_models(
+        experiment_ids=experiments,
+        filter_string=f"tags.{CHECKPOINT} = '{path}'",
+        order_by=[{"field_name": "creation_timestamp", "ascending": False}],
+        max_results=1,
+        output_format="list",
+    )
+    return models[0] if models else None
