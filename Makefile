@@ -113,7 +113,7 @@ endef
 $(COMPRESS_READY): pyproject.toml
 	$(call make_folder,$(COMPRESS))
 	$(call install_torch,$(COMPRESS))
-	$(COMPRESS)/bin/pip install -c $(COMPRESS)/torch.txt -e '.[compress,eval,dev]'
+	$(COMPRESS)/bin/pip install -c $(COMPRESS)/torch.txt -e '.[compress,eval,sweep,dev]'
 	$(call check_torch,$(COMPRESS))
 	@touch $@
 

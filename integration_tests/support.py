@@ -7,7 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,24 @@ def load_script(path: Path) -> Any:
     return module
 
 
-def run_project(name: str, store: str, **parameters: object) -> subprocess.CompletedProcess[str]:
-    """`mlflow run`, in this environment."""
+def project_command(name: str, parameters: Mapping[str, object]) -> list[str]:
+    """`mlflow run` of one of our projects, in this environment."""
     given = [f"-P{key}={value}" for key, value in parameters.items()]
+    project = str(REPOSITORY / "mlflow_projects" / name)
+    return [sys.executable, "-m", "mlflow", "run", project, "--env-manager", "local", *given]
+
+
+def project_environment(store: str) -> dict[str, str]:
+    """Variables for it: the store, and this environment's `python` first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": path}
+
+
+def run_project(name: str, store: str, **parameters: object) -> subprocess.CompletedProcess[str]:
+    """Run it to its end."""
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "run",
-            str(REPOSITORY / "mlflow_projects" / name),
-            "--env-manager",
-            "local",
-            *given,
-        ],
-        env=os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": path},
+        project_command(name, parameters),
+        env=project_environment(store),
         capture_output=True,
         text=True,
     )

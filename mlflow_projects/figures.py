@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"  # Okabe and Ito's palette
+BLUE, GREY = "#0072B2", "#999999"  # Okabe and Ito's palette
+_PALETTE = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def before_after(after: Sequence[Any], before: Sequence[Any]) -> Figure:
@@ -52,4 +54,66 @@ def before_after(after: Sequence[Any], before: Sequence[Any]) -> Figure:
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def pareto(done: Sequence[Any], front: Sequence[Any]) -> Figure:
+    """Bytes against perplexity of finished trials, both on log scales, with the front as steps.
+
+    Args:
+        done: items with ``point`` (``form``, ``ratio``, ``quantization``), ``bytes`` and
+            ``perplexity``; the form is the marker's shape, the quantization its colour.
+        front: those of ``done`` that no other beats in both, by bytes.
+    """
+    shapes = dict(zip(("dense", "id", "cur"), "so^", strict=True))
+    quantizations = sorted({d.point.quantization for d in done})
+    colours = dict(zip(quantizations, _PALETTE, strict=False))
+    figure = Figure(figsize=(7.4, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.step(
+        [d.bytes / 1e6 for d in front],
+        [d.perplexity for d in front],
+        where="post",
+        color="black",
+        linewidth=1,
+        zorder=1,
+    )
+    for d in done:
+        on_front = d in front
+        axes.scatter(
+            d.bytes / 1e6,
+            d.perplexity,
+            marker=shapes[d.point.form],
+            s=64,
+            facecolor=colours[d.point.quantization] if on_front else "white",
+            edgecolor=colours[d.point.quantization],
+            linewidth=1.5,
+            zorder=2,
+        )
+        if d.point.form != "dense":
+            axes.annotate(
+                f"{d.point.ratio:g}",
+                (d.bytes / 1e6, d.perplexity),
+                xytext=(6, 5),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    for form in sorted({d.point.form for d in done}):
+        axes.scatter([], [], marker=shapes[form], color=GREY, label=form)
+    for quantization, colour in colours.items():
+        axes.plot([], [], color=colour, linewidth=4, label=quantization)
+    axes.plot([], [], color="black", linewidth=1, label="Pareto front (filled)")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="checkpoint on disk, MB",
+        ylabel="perplexity",
+        title="Size against perplexity; numbers are ratios",
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(ScalarFormatter())
+    axes.tick_params(which="minor", labelsize=7)
+    axes.grid(which="both", alpha=0.25)
+    axes.legend(fontsize=8)
     return figure

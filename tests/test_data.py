@@ -76,3 +76,16 @@ def test_calibration_dataset_is_tokenized(tmp_path: Path) -> None:
     dataset = calibration_dataset(tmp_path / "a.txt", tokenize, samples=2, sequence_length=3)
     assert dataset["input_ids"] == [[97, 98, 99], [100, 101, 102]]
     assert dataset["attention_mask"] == [[1, 1, 1]] * 2
+
+
+def test_windows_that_overlap() -> None:
+    windows = token_windows(["abcdefgh"], tokenize, windows=None, sequence_length=4, stride=3)
+    assert ["".join(map(chr, window)) for window in windows.tolist()] == ["abcd", "defg"]
+    with pytest.raises(ValueError, match="3 windows of 4 need 10"):
+        token_windows(["abcdefgh"], tokenize, windows=3, sequence_length=4, stride=3)
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_a_stride_that_leaves_tokens_out(stride: int) -> None:
+    with pytest.raises(ValueError, match=f"stride {stride} is not between 1 and"):
+        token_windows(["abcdefgh"], tokenize, windows=1, sequence_length=4, stride=stride)

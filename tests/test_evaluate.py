@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from cur_modifier.evaluate import perplexity
+from cur_modifier.evaluate import perplexity, perplexity_of
 
 
 class Known(nn.Module):
@@ -39,3 +41,16 @@ def test_known_distribution() -> None:
 def test_a_broken_model_is_named() -> None:
     with pytest.raises(ValueError, match="log-likelihood is not finite"):
         perplexity(Known(torch.full((5,), math.nan)), torch.zeros(1, 4, dtype=torch.long))
+
+
+@given(count=st.integers(1, 5), length=st.integers(2, 9), data=st.data())
+def test_every_token_but_the_first_is_scored_once(
+    count: int, length: int, data: st.DataObject
+) -> None:
+    """Windows that overlap: token i has log-likelihood -i, so the mean tells which were scored."""
+    stride = data.draw(st.integers(1, length - 1))
+    total = (count - 1) * stride + length
+    windows = torch.arange(total).unfold(0, length, stride)
+    result = perplexity_of(lambda window: -window[1:].double(), windows, stride=stride)
+    assert result.tokens == total - 1
+    assert math.log(result.perplexity) == pytest.approx(sum(range(1, total)) / (total - 1))
