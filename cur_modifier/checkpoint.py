@@ -123,7 +123,7 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
     kept.
 
     Args:
-        files: text files to put beside the weights, by name.
+        files: text files to put beside the weights, by name; read when the model is saved.
     """
     inner: Any = model.save_pretrained
     if getattr(inner, "_cur_wrapped", False):

@@ -94,6 +94,10 @@ def test_refused_before_calibration(
         ),
         ({"layers": {"select": "first"}}, "unknown layer selection 'first'"),
         ({"layers": {"select": "all", "count": 3}}, "count 3 has no meaning"),
+        (
+            {"layers": {"select": "sensitivity"}, "rank": {"energy": 0.9}},
+            "energy 0.9 gives ranks after the layers are known",
+        ),
         ({"target": ["q_proj"]}, "Extra inputs are not permitted"),
         ({"targets": []}, "at least 1 item"),
     ],

@@ -98,6 +98,17 @@ def test_angular_takes_the_flattest_layers(tiny: Any, compress: Compress) -> Non
     assert {name.split(".")[2] for name in factored_modules(tiny)} == {"3", "7"}
 
 
+def test_sensitivity_takes_the_layers_that_cost_least(tiny: Any, compress: Compress) -> None:
+    """Weights of the rank that they get cost nothing, in the first layer as in any."""
+    for index in (0, 7):
+        layer = tiny.model.layers[index]
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.gate_proj):
+            left, right = torch.randn(linear.out_features, 8), torch.randn(8, linear.in_features)
+            linear.weight.data = left @ right / 100
+    compress(tiny, {"rank": {"fixed": 32}, "layers": {"select": "sensitivity", "count": 2}})
+    assert {name.split(".")[2] for name in factored_modules(tiny)} == {"0", "7"}
+
+
 def test_ratio_is_kept_everything_counted(tiny: Any, compress: Compress) -> None:
     before = {n: p.numel() for n, p in tiny.named_parameters()}
     targets = ["re:.*(q|k|v|o|gate|up|down)_proj$"]

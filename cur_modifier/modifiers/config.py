@@ -203,23 +203,26 @@ class LayersConfig(BaseModel):
 
     Attributes:
         select: ``angular`` takes the ``count`` layers that turn the hidden state least, first and
-            last layer excluded (CURing); ``random`` draws them from the same layers; ``last`` takes
-            the last ``count``; ``all``; or a list of indices.
+            last layer excluded (CURing); ``sensitivity`` those whose factors are expected to cost
+            the loss least, at their ranks and by the curvature that ``SensitivityConfig`` measures;
+            ``random`` draws from all but the first and last; ``last`` takes the last ``count``;
+            ``all``; or a list of indices.
         count: how many; 10 where none is given. Not for ``all`` or a list.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    select: Literal["angular", "all", "last", "random"] | list[int] = "angular"
+    select: Literal["angular", "sensitivity", "all", "last", "random"] | list[int] = "angular"
     count: int | None = Field(default=None, ge=1)
 
     @field_validator("select", mode="before")
     @classmethod
     def _known(cls, value: object) -> object:
-        if isinstance(value, str) and value not in ("angular", "all", "last", "random"):
+        known = ("angular", "sensitivity", "all", "last", "random")
+        if isinstance(value, str) and value not in known:
             raise ValueError(
-                f"unknown layer selection {value!r}; choose angular, all, last, random, or give a "
-                "list of layer indices."
+                f"unknown layer selection {value!r}; choose {', '.join(known)}, or give a list of "
+                "layer indices."
             )
         return value
 
@@ -234,7 +237,7 @@ class LayersConfig(BaseModel):
     @property
     def counted(self) -> bool:
         """Whether ``count`` decides how many layers are taken."""
-        return self.select in ("angular", "last", "random")
+        return self.select in ("angular", "sensitivity", "last", "random")
 
     @property
     def resolved_count(self) -> int:

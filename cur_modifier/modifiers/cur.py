@@ -56,13 +56,14 @@ from cur_modifier.modifiers.plan import (
     Candidate,
     check_followers,
     check_weights,
+    expected_growth,
     find_candidates,
     follower_bits,
     with_budget,
     with_ranks,
 )
 from cur_modifier.modifiers.report import ModuleRecord
-from cur_modifier.modifiers.sensitivity import load_or_measure
+from cur_modifier.modifiers.sensitivity import Sensitivity, load_or_measure
 from cur_modifier.modifiers.sharing import joined, with_direct_outputs
 
 __all__ = ["CURModifier"]
@@ -186,6 +187,12 @@ class CURModifier(Modifier):
                 f"scores '{self.scores}' mean nothing to selection 'greedy', which weighs rows and "
                 "columns in the norm of the fit. Drop `scores`, or choose another selection."
             )
+        if self.layers.select == "sensitivity" and self.rank.energy is not None:
+            raise ValueError(
+                f"layers are selected by sensitivity at their ranks, but energy {self.rank.energy} "
+                "gives ranks after the layers are known. Give fixed, max or ratio, or select "
+                "layers otherwise."
+            )
         if self.share_skeleton and (self.form is not Form.ID or self.selection is not None):
             given = f"selection '{self.selection}'" if self.form is Form.ID else "form 'cur'"
             raise ValueError(
@@ -213,8 +220,8 @@ class CURModifier(Modifier):
     @property
     def needs_gradients(self) -> bool:
         """Whether the loss's curvature is measured."""
-        by_budget = self.rank.budget == "sensitivity"
-        return self.fit is Fit.LOSS or by_budget or self.refine is not None
+        by_curvature = "sensitivity" in (self.rank.budget, self.layers.select)
+        return self.fit is Fit.LOSS or by_curvature or self.refine is not None
 
     @property
     def recipe(self) -> Recipe:
@@ -256,7 +263,7 @@ class CURModifier(Modifier):
         with self._failing_run():
             for candidate in self._choose(model, layers, planned, state.data.calib):
                 self._swap(model, candidate)
-            wrap_save_pretrained(model, {"recipe_as_given.yaml": self._journal.recipe_text})
+            wrap_save_pretrained(model, self._journal.files)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -350,6 +357,8 @@ class CURModifier(Modifier):
             reasons.append(f"fit '{self.fit}'")
         if self.layers.select == "angular":
             reasons.append("layers selected by angular distance")
+        if self.layers.select == "sensitivity":
+            reasons.append("layers selected by sensitivity")
         if self.rank.energy is not None and self.fit.needs_activations:
             reasons.append("a rank by energy")
         if self.by_layers:
@@ -370,12 +379,18 @@ class CURModifier(Modifier):
         batches: Any,
     ) -> list[Candidate]:
         by_energy = self.rank.energy is not None
-        distances: list[float] | None = None
+        costs: list[float] | None = None
         squares: dict[str, torch.Tensor] = {}
+        sensitivity: Sensitivity | None = None
         if self.layers.select == "angular" or (by_energy and self.fit.needs_activations):
             watched = {c.name: c.first for c in planned} if by_energy else {}
-            distances, squares = survey(model, batches, [m for _, m in layers], watched)
-        chosen = choose_layers(self.layers, len(layers), self.seed, distances)
+            costs, squares = survey(model, batches, [m for _, m in layers], watched)
+        if self.layers.select == "sensitivity":
+            sensitivity = self._measure(model, layers, planned, batches)
+            costs = expected_growth(
+                planned, self.form, self.rank, self.rank_unit, sensitivity.spectra, len(layers)
+            )
+        chosen = choose_layers(self.layers, len(layers), self.seed, costs)
         planned = [c for c in planned if c.layer in chosen]
         if self.rank.energy is not None:
             energies = {
@@ -388,21 +403,13 @@ class CURModifier(Modifier):
         if self.form is Form.ID and self.recipe.selection is None:
             free = [c for c in planned if not c.shared and c.rank is not None]
             self._neurons = find_neurons(model, layers, free)
-        sensitivity = None
-        if self.needs_gradients:
-            sensitivity = load_or_measure(
-                model,
-                {c.name: list(c.members.values()) for c in planned},
-                layers,
-                [sample.inputs for sample in collect_samples(batches)],
-                samples=self.sensitivity.samples,
-                seed=self.seed,
-                cache=Path(self.sensitivity.cache) if self.sensitivity.cache else None,
+        if sensitivity is None and self.needs_gradients:
+            sensitivity = self._measure(model, layers, planned, batches)
+        if self.rank.budget == "sensitivity":
+            assert sensitivity is not None
+            planned = with_budget(
+                planned, self.form, self.rank, self.rank_unit, sensitivity.spectra
             )
-            if self.rank.budget == "sensitivity":
-                planned = with_budget(
-                    planned, self.form, self.rank, self.rank_unit, sensitivity.spectra
-                )
         self._fitting = Fitting(
             self.recipe,
             self._open_journal,
@@ -419,8 +426,25 @@ class CURModifier(Modifier):
             ]
         modules = sum(len(c.members) for c in planned)
         logger.info(f"CURModifier factors {modules} modules in layers {chosen}")
-        self._open_journal.layers_chosen(distances, chosen)
+        self._open_journal.layers_chosen(self.layers.select, costs, chosen)
         return planned
+
+    def _measure(
+        self,
+        model: nn.Module,
+        layers: list[tuple[str, nn.Module]],
+        planned: list[Candidate],
+        batches: Any,
+    ) -> Sensitivity:
+        return load_or_measure(
+            model,
+            {c.name: list(c.members.values()) for c in planned},
+            layers,
+            [sample.inputs for sample in collect_samples(batches)],
+            samples=self.sensitivity.samples,
+            seed=self.seed,
+            cache=Path(self.sensitivity.cache) if self.sensitivity.cache else None,
+        )
 
     def _swap(self, model: nn.Module, candidate: Candidate) -> None:
         records = [

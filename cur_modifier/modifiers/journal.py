@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -22,8 +23,8 @@ from cur_modifier.modifiers.report import (
     parameter_count,
     summarize,
 )
-from cur_modifier.tracking import Tracker, start_tracking
-from cur_modifier.tracking.figures import layer_distances, rank_map, refinement_curves, spectra
+from cur_modifier.tracking import Page, Tracker, start_tracking
+from cur_modifier.tracking.figures import layer_costs, rank_map, refinement_curves, spectra
 
 __all__ = ["Journal"]
 
@@ -37,6 +38,9 @@ class Journal:
     Args:
         model: the dense model, before anything is swapped in.
         enabled: whether to log to MLflow.
+
+    Attributes:
+        files: what belongs beside the checkpoint, by name; the report joins it in the end.
     """
 
     def __init__(self, model: nn.Module, *, enabled: bool) -> None:
@@ -46,26 +50,30 @@ class Journal:
         self._spectra: dict[str, tuple[list[float], int]] = {}
         self._refined: list[Refinement] = []
         self._losses = upstream.FollowerLosses()
-        self._tracker: Tracker = start_tracking(
-            enabled=enabled, run_name=f"cur-{type(model).__name__}"
-        )
+        name = f"cur-{type(model).__name__}"
+        self._tracker = Page(start_tracking(enabled=enabled, run_name=name), title=name)
         recipe = upstream.recipe_as_given()
-        self.recipe_text = yaml.safe_dump(recipe, sort_keys=False)
+        text = yaml.safe_dump(recipe, sort_keys=False)
+        self.files = {"recipe_as_given.yaml": text}
         self._tracker.log_params(recipe)
-        self._tracker.log_text(self.recipe_text, "recipe.yaml")
+        self._tracker.log_text(text, "recipe.yaml")
 
     @property
     def tracker(self) -> Tracker:
         """What records the stage, for later stages that go on with its run."""
         return self._tracker
 
-    def layers_chosen(self, distances: Sequence[float] | None, chosen: list[int]) -> None:
-        """Log how far each layer turns the hidden state, where that decided."""
-        if distances is None:
+    def layers_chosen(
+        self, by: str | list[int], costs: Sequence[float] | None, chosen: list[int]
+    ) -> None:
+        """Log by layer what decided: angular distances, or the expected growth of the loss."""
+        if costs is None:
             return
-        self._figure(lambda: layer_distances(distances, chosen), "layer_distances.png")
-        for index, distance in enumerate(distances):
-            self._tracker.log_metrics({"angular_distance": distance}, step=index)
+        metric = "expected_loss_growth_nats" if by == "sensitivity" else "angular_distance"
+        self._figure(lambda: layer_costs(metric, costs, chosen), f"{metric}.png")
+        for index, cost in enumerate(costs):
+            if math.isfinite(cost):
+                self._tracker.log_metrics({metric: cost}, step=index)
 
     def fitted(
         self,
@@ -145,6 +153,8 @@ class Journal:
         if self._refined:
             curves = [refinement.train for refinement in self._refined]
             self._figure(lambda: refinement_curves(curves), "refinement.png")
+        self.files["report.html"] = page = tracker.html()
+        tracker.log_text(page, "report.html")
         tracker.finish()
         if tracker.run_id is not None:
             logger.info(f"MLflow run {tracker.run_id}: see it with `mlflow ui`")

@@ -56,9 +56,10 @@ def candidate_layers(config: LayersConfig, total: int) -> list[int]:
     if config.select == "all":
         return list(range(total))
     count = config.resolved_count
-    pool = list(range(total)) if config.select == "last" else list(range(1, total - 1))
+    anywhere = config.select in ("last", "sensitivity")
+    pool = list(range(total)) if anywhere else list(range(1, total - 1))
     if count > len(pool):
-        excluded = "" if config.select == "last" else ", first and last excluded"
+        excluded = "" if anywhere else ", first and last excluded"
         raise ValueError(
             f"layers.count is {count}, but the model has {len(pool)} layers to choose from "
             f"({total} in all{excluded}). Lower `layers.count`, or use `layers: {{select: all}}`."
@@ -67,21 +68,31 @@ def candidate_layers(config: LayersConfig, total: int) -> list[int]:
 
 
 def choose_layers(
-    config: LayersConfig, total: int, seed: int, distances: Sequence[float] | None
+    config: LayersConfig, total: int, seed: int, costs: Sequence[float] | None
 ) -> list[int]:
     """The chosen layer indices, ascending.
 
     Args:
-        distances: angular distance by layer; needed for ``angular`` only. Ties go to the deeper
-            layer.
+        costs: by layer, of which the least are taken: angular distances for ``angular``, expected
+            growth of the loss for ``sensitivity``, infinite where a layer has no targets. Ties go
+            to the deeper layer.
+
+    Raises:
+        ValueError: fewer layers have targets than are to be chosen.
     """
     pool = candidate_layers(config, total)
     if config.select == "random":
         pool = random.Random(seed).sample(pool, config.resolved_count)
-    elif config.select == "angular":
-        assert distances is not None
-        pool.sort(key=lambda index: (distances[index], -index))
+    elif config.select in ("angular", "sensitivity"):
+        assert costs is not None
+        pool.sort(key=lambda index: (costs[index], -index))
         pool = pool[: config.resolved_count]
+        without = [index for index in pool if math.isinf(costs[index])]
+        if without:
+            raise ValueError(
+                f"layers.count is {config.resolved_count}, but the targets match modules in "
+                f"{config.resolved_count - len(without)} layers only. Lower `layers.count`."
+            )
     return sorted(pool)
 
 

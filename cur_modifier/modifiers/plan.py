@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ __all__ = [
     "Candidate",
     "check_followers",
     "check_weights",
+    "expected_growth",
     "find_candidates",
     "follower_bits",
     "with_budget",
@@ -178,6 +180,34 @@ def with_ranks(
             raise ValueError(f"{candidate.name}: {error}") from None
         planned.append(replace(candidate, rank=chosen))
     return planned
+
+
+def expected_growth(
+    candidates: Sequence[Candidate],
+    form: Form,
+    rank: RankConfig,
+    multiple_of: int,
+    spectra: Mapping[str, torch.Tensor],
+    layers: int,
+) -> list[float]:
+    """By layer, the growth of the loss in nats a token that its factors are expected to cost.
+
+    Half of what the best approximation of each module's rank leaves of its spectrum: second order,
+    every module by itself. Infinite for a layer without candidates.
+
+    Args:
+        rank: a rule that needs no data. Where it is a budget, its ratio counts for every module.
+        spectra: squared singular values of every weight in the metric of the loss.
+    """
+    uniform = rank.model_copy(update={"budget": "uniform"})
+    growth = [math.inf] * layers
+    for candidate in with_ranks(candidates, form, uniform, multiple_of):
+        assert candidate.rank is not None
+        tail = truncation_tail(spectra[candidate.name])
+        lost = float(tail[min(candidate.rank, len(tail) - 1)]) / 2
+        before = growth[candidate.layer]
+        growth[candidate.layer] = lost if math.isinf(before) else before + lost
+    return growth
 
 
 def with_budget(

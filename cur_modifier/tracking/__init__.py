@@ -5,7 +5,8 @@ function that needs them. Figures are in :mod:`cur_modifier.tracking.figures`.
 """
 
 from cur_modifier.tracking.environment import environment
+from cur_modifier.tracking.page import Page
 from cur_modifier.tracking.start import start_tracking
 from cur_modifier.tracking.tracker import NullTracker, Tracker
 
-__all__ = ["NullTracker", "Tracker", "environment", "start_tracking"]
+__all__ = ["NullTracker", "Page", "Tracker", "environment", "start_tracking"]

@@ -127,15 +127,31 @@ def rank_map(ranks: Mapping[str, int]) -> Figure:
     return figure
 
 
-def layer_distances(distances: Sequence[float], chosen: Sequence[int]) -> Figure:
-    """Angular distance between what enters and what leaves each layer, the chosen layers marked.
+_COSTS = {
+    "angular_distance": (
+        "angular distance (units of π rad)",
+        "Angular distance between the hidden states entering and leaving a layer",
+    ),
+    "expected_loss_growth_nats": (
+        "growth of the loss (nats a token)",
+        "What factoring a layer is expected to cost",
+    ),
+}
+
+
+def layer_costs(metric: str, costs: Sequence[float], chosen: Sequence[int]) -> Figure:
+    """What layers were chosen by, the chosen ones marked.
 
     Args:
-        distances: by layer, in units of π (0: same direction, 1: opposite); NaN draws no bar.
+        metric: ``angular_distance`` (in units of π; 0: same direction, 1: opposite) or
+            ``expected_loss_growth_nats``.
+        costs: by layer; what is not finite draws no bar.
         chosen: indices of the layers that are factored.
     """
     from matplotlib.figure import Figure
 
+    label_y, title = _COSTS[metric]
+    distances = [cost if math.isfinite(cost) else math.nan for cost in costs]
     marked = set(chosen)
     groups = (
         ("kept dense", [i for i in range(len(distances)) if i not in marked], _GREY, ""),
@@ -155,8 +171,8 @@ def layer_distances(distances: Sequence[float], chosen: Sequence[int]) -> Figure
         )
     axes.set(
         xlabel="layer",
-        ylabel="angular distance (units of π rad)",
-        title="Angular distance between the hidden states entering and leaving a layer",
+        ylabel=label_y,
+        title=title,
         ylim=(0, None),
     )
     axes.title.set_fontsize(10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +74,14 @@ def test_chosen_layers(total: int, data: st.DataObject) -> None:
     assert 0 not in chosen and total - 1 not in chosen
     left_out = set(range(1, total - 1)) - set(chosen)
     assert all(distances[i] <= distances[j] for i in chosen for j in left_out)
+
+
+def test_layers_without_targets_are_not_chosen_by_sensitivity() -> None:
+    growth = [0.2, math.inf, 0.1, 0.3]
+    two = LayersConfig(select="sensitivity", count=2)
+    assert choose_layers(two, 4, 0, growth) == [0, 2]
+    with pytest.raises(ValueError, match="count is 4, but the targets match modules in 3 layers"):
+        choose_layers(LayersConfig(select="sensitivity", count=4), 4, 0, growth)
 
 
 @given(total=st.integers(3, 40), seed=st.integers(0, 99))

@@ -77,16 +77,19 @@ def test_large_rank_maps_have_no_numbers_and_experts_share_a_cell():
     render(figures.rank_map({}))
 
 
-def test_layer_distances_mark_the_chosen_layers():
-    figure = figures.layer_distances([0.5, 0.2, math.nan, 0.4], [1])
+@pytest.mark.parametrize(
+    ("metric", "unit"), [("angular_distance", "π"), ("expected_loss_growth_nats", "nats")]
+)
+def test_layer_costs_mark_the_chosen_layers(metric, unit):
+    figure = figures.layer_costs(metric, [0.5, 0.2, math.inf, 0.4], [1])
     (axes,) = panels(figure)
     dense, chosen = axes.containers
     assert [bar.get_height() for bar in chosen] == [0.2]
     assert chosen[0].get_hatch()
     assert len(dense) == 3
-    assert "π" in axes.get_ylabel()
+    assert unit in axes.get_ylabel()
     render(figure)
-    render(figures.layer_distances([], []))
+    render(figures.layer_costs(metric, [], []))
 
 
 def test_loss_curve_marks_the_step_that_is_kept():
