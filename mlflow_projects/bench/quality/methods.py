@@ -136,15 +136,23 @@ CURING = TEN_LAYERS | {
 # Ours: recipes/id.yaml and recipes/id_refined.yaml, at any ratio.
 ID = EVERYTHING | {"form": "id", "fit": "loss", "anchor": 0.25}
 BUDGET = {"budget": "sensitivity"}
-# The paper's setting with our fit, and its healing: recipes/cur_healed.yaml.
-CUR = TEN_LAYERS | {
+# Ten layers with our fit, and their healing: recipes/cur_healed.yaml. The paper chooses the layers
+# by angular distance.
+CUR_ANGULAR = TEN_LAYERS | {
     "selection": "greedy",
     "fit": "loss",
     "anchor": 0.25,
     "rank": {"max": 256},
 }
+CUR = CUR_ANGULAR | {"layers": {"select": "sensitivity", "count": 10}}
 HEALING = {
-    "CURHealModifier": {"steps": 120, "batch_size": 4, "logits_weight": 1.0, "mlflow": False}
+    "CURHealModifier": {
+        "steps": 240,
+        "batch_size": 1,
+        "learning_rate": 7e-3,
+        "logits_weight": 1.0,
+        "mlflow": False,
+    }
 }
 
 METHODS: dict[str, Method] = {
@@ -157,7 +165,9 @@ METHODS: dict[str, Method] = {
     "curing-full": by_matrix("curing"),
     "mpifa": by_function("mpifa", "mpifa"),
     "cur": by_recipe(CUR),
+    "cur-angular": by_recipe(CUR_ANGULAR),
     "cur-healed": by_recipe(CUR, HEALING),
+    "cur-angular-healed": by_recipe(CUR_ANGULAR, HEALING),
     "id-gram": by_recipe(EVERYTHING | {"form": "id", "fit": "gram"}),
     "id-uniform": by_recipe(ID),
     "id": by_recipe(ID, rank=BUDGET),
