@@ -34,11 +34,14 @@ def load_script(path: Path) -> Any:
     return module
 
 
-def project_command(name: str, parameters: Mapping[str, object]) -> list[str]:
+def project_command(
+    name: str, parameters: Mapping[str, object], entry_point: str = "main"
+) -> list[str]:
     """`mlflow run` of one of our projects, in this environment."""
     given = [f"-P{key}={value}" for key, value in parameters.items()]
     project = str(REPOSITORY / "mlflow_projects" / name)
-    return [sys.executable, "-m", "mlflow", "run", project, "--env-manager", "local", *given]
+    chosen = ["-e", entry_point, "--env-manager", "local"]
+    return [sys.executable, "-m", "mlflow", "run", project, *chosen, *given]
 
 
 def project_environment(store: str) -> dict[str, str]:
@@ -47,10 +50,12 @@ def project_environment(store: str) -> dict[str, str]:
     return os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": path}
 
 
-def run_project(name: str, store: str, **parameters: object) -> subprocess.CompletedProcess[str]:
+def run_project(
+    name: str, store: str, *, entry_point: str = "main", **parameters: object
+) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
     return subprocess.run(
-        project_command(name, parameters),
+        project_command(name, parameters, entry_point),
         env=project_environment(store),
         capture_output=True,
         text=True,

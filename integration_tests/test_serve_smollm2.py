@@ -15,8 +15,9 @@ import torch
 import yaml
 from datasets import Dataset
 from llmcompressor import oneshot
+from mlflow import MlflowClient
 from served import Answers, by_transformers, result, serve_quietly, served, side_by_side
-from support import ID, REPOSITORY, ROUND_TO_NEAREST, W8A8, load_script, recipe_text
+from support import ID, REPOSITORY, ROUND_TO_NEAREST, W8A8, recipe_text, run_project
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cur_modifier.data import calibration_dataset
@@ -190,15 +191,22 @@ def test_w8a8_rounds_as_dense_w8a8_does(
 
 
 def test_lm_eval_agrees(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    data = REPOSITORY.parent / "shared" / "data" / "zeroshot" / "arc" / "ARC-Easy.test.jsonl"
-    if not data.is_file():
-        pytest.skip(f"no ARC-Easy at {data}")
-    arc_easy = load_script(REPOSITORY / "tools" / "arc_easy.py")
-    path, log = checkpoints["id-w4a16"], tmp_path / "vllm.log"
-    name = ("--served-model-name", "checkpoint")
-    with serve_quietly(path, log, *EAGER, *name, dtype="bfloat16") as server:
-        found = arc_easy.by_server(server.url, "checkpoint", path, data, 200)
-    wanted = arc_easy.by_transformers(path, data, 200, "bfloat16")
+    data = REPOSITORY.parent / "shared" / "data" / "zeroshot"
+    if not data.is_dir():
+        pytest.skip(f"no questions at {data}")
+    path = checkpoints["id-w4a16"]
+    given = {"model": path, "tasks": "arc_easy", "task_data": data, "limit": 200}
+
+    def accuracies(name: str, **extra: object) -> dict[str, float]:
+        store = f"sqlite:///{tmp_path / name}.db"
+        done = run_project("evaluate", store, **given, **extra)
+        assert done.returncode == 0, done.stderr[-4000:]
+        [run] = MlflowClient(tracking_uri=store).search_runs(["0"])
+        return run.data.metrics
+
+    with serve_quietly(path, tmp_path / "vllm.log", *EAGER, dtype="bfloat16") as server:
+        found = accuracies("vllm", backend=server.url)
+    wanted = accuracies("transformers", dtype="bfloat16")
     print(f"vLLM {found}\ntransformers {wanted}")
-    for measure in ("acc", "acc_norm"):
+    for measure in ("arc_easy/acc", "arc_easy/acc_norm"):
         assert abs(found[measure] - wanted[measure]) <= wanted[f"{measure}_stderr"]

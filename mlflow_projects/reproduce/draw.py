@@ -1,0 +1,130 @@
+"""Figures of the experiments; readable in print and by the colour-blind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from figures import BLUE, GREY
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+ORANGE = "#D55E00"
+MAP_CELLS = 64  # a side of a weight's map
+
+
+def bars(rows: Sequence[Mapping[str, Any]], label: str, texts: Sequence[str]) -> Figure:
+    """Perplexity by case, a panel a text, on a log scale; the dense model as a line."""
+    dense, *others = rows
+    figure = Figure(figsize=(4.6 * len(texts), 1.4 + 0.38 * len(others)), layout="constrained")
+    grid = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+    for axes, text in zip(grid, texts, strict=True):
+        values = [row[f"perplexity {text}"] for row in others]
+        drawn = axes.barh(range(len(others)), values, color=BLUE, height=0.65)
+        axes.bar_label(drawn, fmt="%.4g", padding=3, fontsize=8)
+        axes.axvline(dense[f"perplexity {text}"], color="black", linestyle="--", label="dense")
+        axes.set(xscale="log", xlabel=f"perplexity, {text}")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.margins(x=0.2)
+        axes.set_yticks(range(len(others)), [str(row[label]) for row in others])
+        axes.grid(axis="x", which="both", alpha=0.25)
+    grid[0].set_ylabel(label)
+    grid[0].invert_yaxis()
+    grid[-1].legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def ranks(rows: Sequence[Mapping[str, Any]], kept: float) -> Figure:
+    """Rank against perplexity, a line a fit, and the band in which it counts as kept."""
+    dense, *others = rows
+    figure = Figure(figsize=(6.6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    names = {"weight": ("C⁺ W R⁺ (published)", ORANGE, "^--"), "gram": ("fitted", BLUE, "o-")}
+    for fit, (name, colour, style) in names.items():
+        found = [row for row in others if row["fit"] == fit]
+        axes.plot(
+            [row["largest rank"] for row in found],
+            [row["perplexity wikitext"] for row in found],
+            style,
+            color=colour,
+            label=name,
+        )
+    level = dense["perplexity wikitext"]
+    axes.axhspan(level, kept * level, color=GREY, alpha=0.5, label=f"within {kept - 1:.0%}")
+    axes.axhline(level, color="black", linewidth=1, label="dense")
+    axes.set(
+        xscale="log", yscale="log", xlabel="largest rank", ylabel="perplexity, WikiText-2 test"
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks([row["largest rank"] for row in others if row["fit"] == "gram"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def matrix(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Figure:
+    """Perplexity ÷ dense: a row a calibration text, a column an evaluation text."""
+    dense, *others = rows
+    table = [
+        [row[f"perplexity {text}"] / dense[f"perplexity {text}"] for text in texts]
+        for row in others
+    ]
+    figure = Figure(figsize=(1.6 + 1.2 * len(texts), 1.2 + 0.7 * len(others)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(table, cmap="cividis_r", aspect="auto")
+    middle = (min(map(min, table)) + max(map(max, table))) / 2
+    for y, values in enumerate(table):
+        for x, value in enumerate(values):
+            colour = "white" if value > middle else "black"
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(texts)), texts)
+    axes.set_yticks(range(len(others)), [row["calibrated on"] for row in others])
+    axes.set(xlabel="evaluated on", ylabel="calibrated on", title="Perplexity ÷ dense")
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def decay(values: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """Singular values ÷ the largest: a panel a projection, a line a layer, dark to light."""
+    import matplotlib
+
+    columns = min(4, len(values))
+    rows = -(-len(values) // columns)
+    figure = Figure(figsize=(3 * columns + 1, 2.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    shades = matplotlib.colormaps["cividis"]
+    deepest = max(max(layers) for layers in values.values()) or 1
+    for axes, (projection, layers) in zip(grid.flat, values.items(), strict=False):
+        for layer, spectrum in layers.items():
+            first = spectrum[0]
+            axes.plot(
+                range(1, len(spectrum) + 1),
+                [value / first for value in spectrum],
+                color=shades(0.9 * layer / deepest),
+                linewidth=0.8,
+            )
+        axes.set(title=projection, yscale="log", xlabel="index i", ylim=(1e-3, 1.2))
+        axes.grid(alpha=0.3)
+    for axes in list(grid.flat)[len(values) :]:
+        axes.remove()
+    for axes in grid[:, 0]:
+        axes.set_ylabel(r"$\sigma_i / \sigma_1$")
+    figure.suptitle("Singular values by layer, first dark, last light")
+    return figure
+
+
+def structure(maps: Mapping[str, Mapping[int, Any]], layers: Sequence[int]) -> Figure:
+    """Mean |W| over blocks: a row a projection, a column a layer, each map on its own scale."""
+    figure = Figure(figsize=(1.5 * len(layers) + 1.4, 1.5 * len(maps)), layout="constrained")
+    grid = figure.subplots(len(maps), len(layers), squeeze=False)
+    for row, (projection, found) in zip(grid, maps.items(), strict=True):
+        for axes, layer in zip(row, layers, strict=True):
+            axes.imshow(found[layer], cmap="cividis", aspect="auto", interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if projection == next(iter(maps)):
+                axes.set_title(f"layer {layer}", fontsize=9)
+        row[0].set_ylabel(projection, fontsize=9)
+    figure.suptitle("Mean |W| by block: outputs down, inputs across; bright is large")
+    return figure

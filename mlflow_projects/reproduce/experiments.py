@@ -1,0 +1,229 @@
+"""The experiments of the systems that this package unites: what each runs, draws and claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import draw
+from domains import NAMES as DOMAINS
+
+Row = dict[str, Any]
+Settings = dict[str, Any]
+
+# CURing (Park and Moon 2025): q, k and gate of ten layers, DEIM on WANDA scores, U = C⁺ W R⁺.
+CURING: Settings = {
+    "targets": ["re:.*(q|k|gate)_proj$"],
+    "form": "cur",
+    "scores": "wanda",
+    "selection": "deim",
+    "fit": "weight",
+    "multiple_of": 1,
+    "rank": {"max": 256},
+}
+# The whole model, for what depends on the calibration: the closed form without a budget.
+EVERYTHING: Settings = {
+    "targets": ["re:.*(q|k|v|o|gate|up|down)_proj$"],
+    "form": "id",
+    "fit": "gram",
+    "rank": {"ratio": 0.8},
+    "layers": {"select": "all"},
+}
+KEPT = 1.02  # perplexity ÷ dense that counts as kept
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compression; without settings, the dense model.
+
+    Attributes:
+        labels: what tells this row from the others, as columns.
+        calibrate: the domain it calibrates on.
+    """
+
+    labels: Row
+    settings: Settings | None
+    calibrate: str = "wikitext"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One question and its answer.
+
+    Attributes:
+        question: in one line, for the head of its section.
+        cases: of a number of layers and a seed.
+        figure: drawn from the rows.
+        findings: sentences that the rows bear out, for or against the claim.
+        texts: domains to evaluate on.
+    """
+
+    question: str
+    cases: Callable[[int, int], list[Case]]
+    figure: Callable[[Sequence[Row]], Any]
+    findings: Callable[[Sequence[Row]], list[str]]
+    texts: tuple[str, ...] = ("wikitext", "c4")
+
+
+def ratio(row: Row, dense: Row, text: str = "wikitext") -> float:
+    """Perplexity ÷ that of the dense model."""
+    return row[f"perplexity {text}"] / dense[f"perplexity {text}"]
+
+
+# -- CURing, no healing ------------------------------------------------------------------------
+
+
+def _curing(layers: int, seed: int) -> list[Case]:
+    counts = [count for count in (2, 5) if count < layers] + [layers]
+    return [Case({"layers": 0}, None)] + [
+        Case({"layers": count}, CURING | _angular(count, seed)) for count in counts
+    ]
+
+
+def _angular(layers: int, seed: int) -> Settings:
+    return {"layers": {"select": "angular", "count": layers}, "seed": seed}
+
+
+def _curing_found(rows: Sequence[Row]) -> list[str]:
+    dense, most = rows[0], rows[-1]
+    return [
+        f"Factoring {most['layers']} layers without healing multiplies the perplexity by "
+        f"{ratio(most, dense):.2f} on WikiText-2 and by {ratio(most, dense, 'c4'):.2f} on C4, and "
+        f"leaves {most['model ratio']:.1%} of the model's parameters.",
+        _verdict(
+            ratio(most, dense) < 1.5,
+            f"that factoring {most['layers']} layers costs little before healing",
+        ),
+    ]
+
+
+# -- which rows and columns ----------------------------------------------------------------------
+
+SELECTIONS: dict[str, Settings] = {
+    "random": {"selection": "random", "scores": "weight"},
+    "weight magnitude": {"selection": "norm", "scores": "weight"},
+    "WANDA": {"selection": "norm", "scores": "wanda"},
+    "DEIM": {"selection": "deim", "scores": "wanda"},
+    "QDEIM": {"selection": "qdeim", "scores": "wanda"},
+    "leverage": {"selection": "leverage", "scores": "wanda"},
+    "greedy (ours)": {"selection": "greedy", "scores": None},
+}
+
+
+def _selection(layers: int, seed: int) -> list[Case]:
+    return [Case({"selection": "dense"}, None)] + [
+        Case({"selection": name}, CURING | _angular(layers, seed) | chosen)
+        for name, chosen in SELECTIONS.items()
+    ]
+
+
+def _selection_found(rows: Sequence[Row]) -> list[str]:
+    dense, *others = rows
+    ordered = sorted(others, key=lambda row: ratio(row, dense))
+    published = [row for row in ordered if row["selection"] != "greedy (ours)"]
+    return [
+        "From best to worst, perplexity ÷ dense: "
+        + ", ".join(f"{row['selection']} {ratio(row, dense):.2f}" for row in ordered)
+        + ".",
+        _verdict(published[0]["selection"] == "DEIM", "that DEIM on WANDA scores chooses best"),
+    ]
+
+
+# -- rank ------------------------------------------------------------------------------------------
+
+RANKS = (16, 32, 64, 96, 128, 192, 256, 384)
+
+
+def _rank(layers: int, seed: int) -> list[Case]:
+    cases = [Case({"fit": "dense", "largest rank": None}, None)]
+    for fit in ("weight", "gram"):
+        for rank in RANKS:
+            chosen = CURING | _angular(layers, seed) | {"fit": fit, "rank": {"max": rank}}
+            cases.append(Case({"fit": fit, "largest rank": rank}, chosen))
+    return cases
+
+
+def _rank_found(rows: Sequence[Row]) -> list[str]:
+    dense = rows[0]
+    found = []
+    for fit in ("weight", "gram"):
+        within = [r for r in rows[1:] if r["fit"] == fit and ratio(r, dense) <= KEPT]
+        least = min((r["largest rank"] for r in within), default=None)
+        found.append(
+            f"Fit `{fit}`: "
+            + (
+                f"the least rank that stays within {KEPT - 1:.0%} of the dense perplexity is "
+                f"{least}."
+                if least
+                else f"no rank below break-even stays within {KEPT - 1:.0%} of the dense "
+                "perplexity."
+            )
+        )
+    return found
+
+
+# -- calibration text ------------------------------------------------------------------------------
+
+
+def _domains(_: int, seed: int) -> list[Case]:
+    return [Case({"calibrated on": "dense"}, None)] + [
+        Case({"calibrated on": name}, EVERYTHING | {"seed": seed}, calibrate=name)
+        for name in DOMAINS
+    ]
+
+
+def _domains_found(rows: Sequence[Row]) -> list[str]:
+    _, *others = rows
+    own = {row["calibrated on"]: row for row in others}
+    best = [
+        name
+        for name in DOMAINS
+        if min(others, key=lambda r: r[f"perplexity {name}"])["calibrated on"] == name
+    ]
+    worst = max(
+        row[f"perplexity {name}"] / own[name][f"perplexity {name}"]
+        for name in DOMAINS
+        for row in others
+    )
+    return [
+        f"{len(best)} of {len(DOMAINS)} texts are modelled best by the model calibrated on them "
+        f"({', '.join(best)}).",
+        f"Calibrated on another text, the perplexity is up to {worst:.2f} times that of the model "
+        "calibrated on its own.",
+        _verdict(worst < 1.1, "that the calibration text hardly matters"),
+    ]
+
+
+def _verdict(holds: bool, claim: str) -> str:
+    return f"The claim {claim} {'holds' if holds else 'does **not** hold'} on this model."
+
+
+EXPERIMENTS = {
+    "curing": Experiment(
+        "CURing as published, without healing: what do 2, 5 and 10 layers cost?",
+        _curing,
+        lambda rows: draw.bars(rows, "layers", ("wikitext", "c4")),
+        _curing_found,
+    ),
+    "selection": Experiment(
+        "Which rows and columns: does DEIM on WANDA scores choose best?",
+        _selection,
+        lambda rows: draw.bars(rows, "selection", ("wikitext", "c4")),
+        _selection_found,
+    ),
+    "rank": Experiment(
+        "How does the perplexity fall with the rank, and which rank keeps it?",
+        _rank,
+        lambda rows: draw.ranks(rows, KEPT),
+        _rank_found,
+        texts=("wikitext",),
+    ),
+    "domains": Experiment(
+        "Calibrated on one kind of text, how does the model do on the others?",
+        _domains,
+        lambda rows: draw.matrix(rows, DOMAINS),
+        _domains_found,
+        texts=DOMAINS,
+    ),
+}

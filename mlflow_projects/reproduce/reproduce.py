@@ -1,0 +1,337 @@
+"""The experiments of CURing, CUR4LLM and STAT on a model of your own, each with table and figure.
+
+    mlflow run mlflow_projects/reproduce -e selection -P data=$PWD/data -P output=$PWD/out \
+        --env-manager local
+
+Experiments: curing (2, 5 and 10 layers, no healing), selection (which rows and columns), rank (rank
+against perplexity), domains (calibrate on each text, evaluate on all), weights (singular values and
+maps of the weights). DATA holds wikitext2-raw/wiki.valid.raw and wiki.test.raw and
+c4/c4_en_train_first1000.jsonl. Rows are kept in OUTPUT as they finish: a stopped experiment
+continues. OUTPUT/RESULTS.md has a section an experiment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
+
+PROJECT = Path(__file__).resolve().parent
+REPOSITORY = PROJECT.parent.parent
+sys.path[:0] = [
+    str(folder)
+    for folder in (PROJECT, PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
+]
+
+from arguments import count, elsewhere  # noqa: E402
+
+NAMES = ("curing", "selection", "rank", "domains", "weights")
+SETTINGS = ("model", "samples", "windows", "sequence_length", "layers", "seed")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked as far as it can be without loading a model."""
+    parser = argparse.ArgumentParser(
+        prog="reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", choices=NAMES)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--data", required=True, type=Path, help="folder of the texts")
+    parser.add_argument("--output", required=True, type=Path, help="folder of rows and figures")
+    parser.add_argument("--samples", type=count, default=64, help="calibration windows")
+    parser.add_argument("--windows", type=count, default=24, help="windows to evaluate on")
+    parser.add_argument("--sequence-length", type=count, default=1024, help="tokens of each")
+    parser.add_argument("--layers", type=count, default=10, help="that CUR takes, as published")
+    parser.add_argument("--seed", type=float, default=0)
+    options = parser.parse_args(arguments)
+    options.seed = int(options.seed)
+    if not options.output.is_absolute() and Path.cwd() == PROJECT:
+        parser.error(
+            f"output {options.output} would lie in the project's own folder, where `mlflow run` "
+            "starts. Give a whole path: -P output=$PWD/out."
+        )
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"output {options.output} is a file. Name a folder.")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one experiment."""
+    options = parse(arguments)
+    import mlflow
+    from run import model_source
+
+    source = model_source(options.model)
+    with mlflow.start_run():
+        if options.experiment == "weights":
+            options.output.mkdir(parents=True, exist_ok=True)
+            _weights(source, options)
+            return
+        try:
+            harness = _Harness(source, options)
+        except (OSError, ValueError) as error:
+            sys.exit(f"reproduce: {error}{elsewhere(options.data, PROJECT)}")
+        options.output.mkdir(parents=True, exist_ok=True)
+        _experiment(harness, options)
+
+
+def _experiment(harness: _Harness, options: argparse.Namespace) -> None:
+    import mlflow
+    from experiments import EXPERIMENTS
+
+    experiment = EXPERIMENTS[options.experiment]
+    file = options.output / f"{options.experiment}.json"
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    kept = _read(file, settings)
+    rows = []
+    cases = experiment.cases(options.layers, options.seed)
+    for number, case in enumerate(cases, start=1):
+        found = next((row for row in kept if case.labels.items() <= row.items()), None)
+        if found is None:
+            label = ", ".join(f"{key} {value}" for key, value in case.labels.items())
+            print(f"== {options.experiment} {number} of {len(cases)}: {label}", flush=True)
+            found = case.labels | harness.measure(case.settings, case.calibrate, experiment.texts)
+        rows.append(found)
+        _write(file, json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+    figure = experiment.figure(rows)
+    figure.savefig(options.output / f"{options.experiment}.png", dpi=120)
+    section = _section(options, experiment.question, rows, experiment.findings(rows))
+    mlflow.log_figure(figure, f"{options.experiment}.png")
+    mlflow.log_text(section, f"{options.experiment}.md")
+    mlflow.log_table({key: [row[key] for row in rows] for key in rows[0]}, "rows.json")
+    for step, row in enumerate(rows):
+        values = {_metric(k): float(v) for k, v in row.items() if k.startswith("perplexity ")}
+        mlflow.log_metrics(values, step=step)
+    _put_section(options.output / "RESULTS.md", options.experiment, section)
+    print(section)
+
+
+class _Harness:
+    """A fresh model a case, the same windows for all."""
+
+    def __init__(self, source: str, options: argparse.Namespace) -> None:
+        import domains
+        from experiments import EXPERIMENTS
+        from transformers import AutoConfig, AutoTokenizer
+
+        from cur_modifier.data import token_windows
+
+        experiment = EXPERIMENTS[options.experiment]
+        depth = AutoConfig.from_pretrained(source).num_hidden_layers
+        if options.layers > depth - 2:
+            raise ValueError(
+                f"layers {options.layers} are more than the {depth - 2} that there are between the "
+                "first and the last. Lower it."
+            )
+        self._source = source
+        self._length = options.sequence_length
+        tokenizer = AutoTokenizer.from_pretrained(source)
+
+        def windows(documents: list[str], wanted: int) -> Any:
+            return token_windows(documents, tokenizer, windows=wanted, sequence_length=self._length)
+
+        cases = experiment.cases(options.layers, options.seed)
+        needed = {case.calibrate for case in cases} | {*experiment.texts}
+        self._calibration, self._evaluation = {}, {}
+        for name in sorted(needed):
+            try:
+                texts = domains.read(name, options.data)
+                self._calibration[name] = windows(texts.calibration, options.samples)
+                self._evaluation[name] = windows(texts.evaluation, options.windows)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+    def measure(
+        self, settings: dict[str, Any] | None, calibrate: str, texts: Sequence[str]
+    ) -> dict[str, Any]:
+        """Ratio, perplexities and seconds of one compression."""
+        import torch
+        import yaml
+        from datasets import Dataset
+        from llmcompressor import oneshot
+        from transformers import AutoModelForCausalLM
+
+        import cur_modifier  # noqa: F401 - registers the stage
+        from cur_modifier.evaluate import perplexity
+        from cur_modifier.modifiers.report import parameter_count
+
+        model = AutoModelForCausalLM.from_pretrained(self._source, dtype=torch.float32)
+        before = parameter_count(model)
+        started = time.perf_counter()
+        if settings is not None:
+            ids = self._calibration[calibrate]
+            tokens = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+            stage = {"cur_modifiers": {"CURModifier": settings | {"mlflow": False}}}
+            oneshot(
+                model=model,
+                dataset=Dataset.from_dict(tokens),
+                recipe=yaml.safe_dump({"compress_stage": stage}),
+                num_calibration_samples=len(ids),
+            )
+        seconds = time.perf_counter() - started
+        row: dict[str, Any] = {"model ratio": parameter_count(model) / before}
+        for text in texts:
+            found = perplexity(model, self._evaluation[text], bfloat16=True)
+            row[f"perplexity {text}"] = found.perplexity
+        return row | {"seconds": round(seconds, 1)}
+
+
+def _weights(source: str, options: argparse.Namespace) -> None:
+    """Singular values and maps of |W|: no data, no compression."""
+    import mlflow
+    import torch
+    from draw import MAP_CELLS, decay, structure
+    from torch.nn.functional import adaptive_avg_pool2d
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM
+
+    from cur_modifier.modifiers.layers import decoder_layers
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    spectra: dict[str, dict[int, list[float]]] = {}
+    maps: dict[str, dict[int, Any]] = {}
+    rows = []
+    layers = decoder_layers(model)
+    for index, (name, layer) in enumerate(tqdm(layers, desc="Singular values")):
+        for path, module in layer.named_modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            projection = path.rpartition(".")[2]
+            weight = module.weight.detach()
+            values = torch.linalg.svdvals(weight)
+            spectra.setdefault(projection, {})[index] = values.tolist()
+            cells = [min(side, MAP_CELLS) for side in weight.shape]
+            blocks = adaptive_avg_pool2d(weight.abs()[None], cells)[0]
+            maps.setdefault(projection, {})[index] = blocks.numpy()
+            energy = values.double().square().cumsum(0)
+            share = energy / energy[-1]
+            rows.append(
+                {
+                    "layer": index,
+                    "projection": projection,
+                    "shape": f"{weight.shape[0]}x{weight.shape[1]}",
+                    "stable rank": float(energy[-1] / values[0].double().square()),
+                    "rank of 90 % energy": int((share < 0.9).sum()) + 1,
+                    "rank of 99 % energy": int((share < 0.99).sum()) + 1,
+                    "module": f"{name}.{path}",
+                }
+            )
+    shown = sorted({round(i * (len(layers) - 1) / 4) for i in range(5)})
+    for file, figure in (
+        ("decay.png", decay(spectra)),
+        ("structure.png", structure(maps, shown)),
+    ):
+        figure.savefig(options.output / file, dpi=120)
+        mlflow.log_figure(figure, file)
+    mlflow.log_table({key: [row[key] for row in rows] for key in rows[0]}, "rows.json")
+    summary = [
+        {"projection": projection}
+        | {
+            key: _span([row[key] for row in rows if row["projection"] == projection])
+            for key in ("stable rank", "rank of 90 % energy", "rank of 99 % energy")
+        }
+        for projection in spectra
+    ]
+    section = _section(
+        options,
+        "How fast do the singular values fall, and what do the weights look like?",
+        summary,
+        ["Of each projection, the range over all layers."],
+        figures=("decay.png", "structure.png"),
+    )
+    mlflow.log_text(section, "weights.md")
+    _put_section(options.output / "RESULTS.md", "weights", section)
+    print(section)
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{min(values):.4g} to {max(values):.4g}"
+
+
+def _metric(key: str) -> str:
+    return key.replace("perplexity ", "perplexity/")
+
+
+def _read(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier start.
+
+    Raises:
+        SystemExit: they were measured under other settings.
+    """
+    if not file.exists():
+        return []
+    held = json.loads(file.read_text())
+    if held["settings"] != settings:
+        changed = [name for name in settings if held["settings"].get(name) != settings[name]]
+        sys.exit(
+            f"reproduce: {file} holds rows measured with another {', '.join(changed)}. Give "
+            "another output, or the same settings."
+        )
+    return held["rows"]
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+def _section(
+    options: argparse.Namespace,
+    question: str,
+    rows: Sequence[Mapping[str, Any]],
+    findings: Sequence[str],
+    figures: Sequence[str] | None = None,
+) -> str:
+    """One experiment in Markdown."""
+    columns = list(rows[0])
+    given = {"model": options.model, "data": "DATA", "output": "OUT"}
+    given |= {name: getattr(options, name) for name in SETTINGS[1:]}
+    command = f"mlflow run mlflow_projects/reproduce -e {options.experiment} --env-manager local "
+    lines = [
+        f"## {options.experiment}",
+        "",
+        question,
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows),
+        "",
+        *(f"{finding}" for finding in findings),
+        "",
+        *(f"![{name}]({name})" for name in figures or (f"{options.experiment}.png",)),
+        "",
+        "```",
+        command + " ".join(f"-P {key}={shlex.quote(str(value))}" for key, value in given.items()),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _put_section(file: Path, name: str, section: str) -> None:
+    """Replace the section ``name``, or add it; sections stand in the order of ``NAMES``."""
+    held = {}
+    if file.exists():
+        for part in file.read_text().split("\n## ")[1:]:
+            held[part.partition("\n")[0].strip()] = f"## {part.strip()}\n"
+    held[name] = section
+    body = "\n".join(held[key].rstrip() + "\n" for key in NAMES if key in held)
+    _write(file, f"# Results\n\n{body}")
+
+
+if __name__ == "__main__":
+    main()
