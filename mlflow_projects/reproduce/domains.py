@@ -46,7 +46,8 @@ def read(name: str, data: Path) -> Domain:
 
         # Several names may have one text: `class`, `def` and `decorators`, for instance.
         documents = list(dict.fromkeys(topics[topic] for topic in sorted(topics)))
-        return Domain(documents[::2], documents[1::2])
+        # A third is enough to evaluate on.
+        return Domain([text for i, text in enumerate(documents) if i % 3], documents[::3])
     raise ValueError(f"no domain {name!r}; there are {', '.join(NAMES)}.")
 
 

@@ -71,17 +71,18 @@ def main(arguments: list[str] | None = None) -> None:
     from run import model_source
 
     source = model_source(options.model)
-    with mlflow.start_run():
-        if options.experiment == "weights":
-            options.output.mkdir(parents=True, exist_ok=True)
-            _weights(source, options)
-            return
+    harness = None
+    if options.experiment != "weights":
         try:
             harness = _Harness(source, options)
         except (OSError, ValueError) as error:
             sys.exit(f"reproduce: {error}{elsewhere(options.data, PROJECT)}")
-        options.output.mkdir(parents=True, exist_ok=True)
-        _experiment(harness, options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    with mlflow.start_run():
+        if harness is None:
+            _weights(source, options)
+        else:
+            _experiment(harness, options)
 
 
 def _experiment(harness: _Harness, options: argparse.Namespace) -> None:
