@@ -86,7 +86,7 @@ def test_calibration_and_evaluation_share_no_document(domains: Any, bench_data: 
     ("change", "message"),
     [
         ({"data": "/nowhere"}, "no file or folder '/nowhere/"),
-        ({"windows": "4000"}, "wikitext: .*windows of 64 need 256000"),
+        ({"windows": "4000"}, "c4: .*windows of 64 need 256000"),
         ({"layers": "2"}, "layers 2 are more than the 1 that there are"),
         ({"output": "{model}/config.json"}, "is a file"),
     ],
