@@ -85,16 +85,17 @@ class Page(Tracker):
             run_id=self.run_id,
             metrics=self._metrics,
             texts=self._texts,
-            tables={
-                name: (list(dict.fromkeys(key for row in rows for key in row)), rows)
-                for name, rows in self._tables.items()
-                if rows
-            },
+            tables={name: (_columns(rows), rows) for name, rows in self._tables.items() if rows},
             figures=[
                 (PurePosixPath(n).stem.replace("_", " "), f) for n, f in self._figures.items()
             ],
             environment=environment(),
         )
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those that hold anything, in order of appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row if row[key] is not None))
 
 
 def _number(value: Any) -> Any:
