@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
+import yaml
 from mlflow import MlflowClient
 from support import REPOSITORY, load_script, run_project
 from transformers import AutoModelForCausalLM
@@ -102,3 +105,68 @@ def test_a_path_in_the_folder_of_the_project_is_refused(
     with pytest.raises(SystemExit):
         script.parse(["--recipe", "id", "--data", str(text), "--output", "out"])
     assert "-P output=$PWD/out" in capsys.readouterr().err
+
+
+def documented(kind: str) -> list[str]:
+    """Names of a kind in the table of what is logged."""
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in (PROJECTS / "README.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    return [name for row in rows if row[1] == kind for name in re.findall(r"`([^`]+)`", row[2])]
+
+
+def test_what_is_logged_is_what_the_table_says(
+    bench_model: Path, text: Path, tmp_path: Path
+) -> None:
+    """Every metric and artifact of a stage with healing, compress, evaluate and sweep is in it, and
+    `mlflow.search_runs` finds every metric that it names."""
+    store = f"sqlite:///{tmp_path / 'store.db'}"
+    for name, more in {"angular": {"refine": {"epochs": 1}}, "sensitivity": {}}.items():
+        cur = {"rank": {"fixed": 8}, "layers": {"select": name, "count": 1}, **more}
+        stage: dict[str, Any] = {"cur_modifiers": {"CURModifier": cur}}
+        if more:
+            heal = {"steps": 2, "batch_size": 1, "warmup_steps": 1, "validate_every": 1}
+            stage["healing_modifiers"] = {"CURHealModifier": heal}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"compress_stage": stage}))
+        given = {"model": bench_model, "recipe": tmp_path / f"{name}.yaml", "data": text}
+        given |= {"samples": 4, "sequence_length": 64, "output": tmp_path / name}
+        done = run_project("compress", store, **given)
+        assert done.returncode == 0, done.stderr[-4000:]
+    tasks = tmp_path / "tasks" / "piqa"
+    tasks.mkdir(parents=True)
+    question = {"goal": "open a door", "sol1": "push it", "sol2": "eat it"}
+    (tasks / "valid.jsonl").write_text(4 * (json.dumps(question) + "\n"))
+    (tasks / "valid-labels.lst").write_text("0\n1\n0\n1\n")
+    given = {"model": tmp_path / "angular", "baseline": bench_model, "data": text, "windows": 2}
+    given |= {"sequence_length": 64, "tasks": "piqa", "task_data": tasks.parent}
+    done = run_project("evaluate", store, **given)
+    assert done.returncode == 0, done.stderr[-4000:]
+    given = {"model": bench_model, "data": text, "text": text, "forms": "dense", "samples": 4}
+    given |= {"quantizations": "none", "sequence_length": 64, "windows": 2, "window_length": 64}
+    done = run_project("sweep", store, **given, output=tmp_path / "sweep")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    mlflow.set_tracking_uri(store)
+    found = mlflow.search_runs(["0"])
+    metrics = {c.removeprefix("metrics.") for c in found if c.startswith("metrics.")}
+    places = {"TEXT": "text", "TASK": "piqa", "METRIC": "acc", "NAME": "perplexity/text"}
+    named = set()
+    for name in documented("metric"):
+        for place, value in places.items():
+            name = name.replace(place, value)
+        named.add(name)
+    optional = {"peak_accelerator_bytes"}  # needs an accelerator
+    assert named - metrics <= optional
+    others = {name for name in metrics - named if not name.startswith("baseline/")}
+    assert {name.replace("acc_norm", "acc") for name in others} <= named
+
+    client = MlflowClient()
+    artifacts = {file.path for run in found["run_id"] for file in client.list_artifacts(run)} - {
+        "layers.json",
+        "healing.json",
+    }  # the tables of MLflow's own pages
+    assert artifacts <= {*documented("artifact")}
+    tags = {c.removeprefix("tags.") for c in found if c.startswith("tags.")}
+    assert {"evaluated_model", "environment.torch"} <= tags

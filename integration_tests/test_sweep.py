@@ -80,7 +80,10 @@ def test_a_sweep_that_is_cut_off_continues(given: dict[str, Any], tmp_path: Path
 
     # The front is what it says; its checkpoints are kept and registered, and no others.
     sizes = {
-        run.info.run_name: (run.data.metrics["bytes_checkpoint"], run.data.metrics["perplexity"])
+        run.info.run_name: (
+            run.data.metrics["bytes_checkpoint"],
+            run.data.metrics["perplexity/text"],
+        )
         for run in finished
     }
     front = {

@@ -21,6 +21,12 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def text_name(text: str) -> str:
+    """How a text is called in figures: its file's name without the ending."""
+    path = Path(text)
+    return Path(path.name.removesuffix(".gz")).stem if path.exists() else path.name
+
+
 def elsewhere(path: str | Path, project: Path) -> str:
     """What to add of a path that is not there, where `mlflow run` has changed the folder."""
     if Path(path).is_absolute() or Path.cwd() != project:

@@ -37,7 +37,7 @@ sys.path[:0] = [
     for folder in (PROJECT, PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
 ]
 
-from arguments import count, count_or_none, elsewhere, names  # noqa: E402
+from arguments import count, count_or_none, elsewhere, names, text_name  # noqa: E402
 
 ANSWER_TOKENS = 256  # room that a served model needs beyond a window, for tasks that generate
 TASK_LENGTH = 2048  # tokens of a prompt that tasks may need
@@ -187,8 +187,7 @@ def _texts(options: argparse.Namespace, source: str) -> dict[str, Any]:
         return {}
     documents = {}
     for text in options.data:
-        name = Path(text).name.removesuffix(".gz")
-        name = Path(name).stem if Path(text).exists() else name
+        name = text_name(text)
         if name in documents:
             raise _BadInputError(
                 f"two texts are called {name}: their figures would share one name."

@@ -359,9 +359,9 @@ class Sweep:
             return
         measured = json.loads(result.read_text())
         trial.set_user_attr("model_id", measured["model_id"])
-        self._study.tell(trial, [measured["bytes_checkpoint"], measured["perplexity"]])
+        self._study.tell(trial, [measured["bytes"], measured["perplexity"]])
         print(
-            f"   {measured['bytes_checkpoint'] / 1e6:.1f} MB, perplexity "
+            f"   {measured['bytes'] / 1e6:.1f} MB, perplexity "
             f"{measured['perplexity']:.2f}, {seconds:.0f} s",
             flush=True,
         )

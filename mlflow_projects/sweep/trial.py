@@ -20,11 +20,12 @@ sys.path[:0] = [
 ]
 
 
-def measure(given: dict[str, Any]) -> dict[str, float]:
-    """Compress by the recipe, save, load again, and measure; returns the metrics."""
+def measure(given: dict[str, Any]) -> dict[str, Any]:
+    """Compress by the recipe, save, load again, and measure; returns what the study wants."""
     import mlflow
     import torch
     import yaml
+    from arguments import text_name
     from registry import register
     from run import compress, weight_bytes
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,7 +68,8 @@ def measure(given: dict[str, Any]) -> dict[str, float]:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         if torch.cuda.is_available():
             model.to("cuda")
-        metrics["perplexity"] = perplexity(model, windows).perplexity
+        found = perplexity(model, windows).perplexity
+        metrics[f"perplexity/{text_name(given['text'])}"] = found
         registered = register(
             run.info.run_id,
             given["name"],
@@ -75,7 +77,11 @@ def measure(given: dict[str, Any]) -> dict[str, float]:
             {key: str(value) for key, value in given["params"].items()},
         )
         mlflow.log_metrics(metrics, model_id=registered.model_id)
-    return metrics | {"model_id": registered.model_id}
+    return {
+        "bytes": metrics["bytes_checkpoint"],
+        "perplexity": found,
+        "model_id": registered.model_id,
+    }
 
 
 if __name__ == "__main__":
