@@ -15,16 +15,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import difflib
 import io
-import json
-import logging
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +34,10 @@ sys.path[:0] = [
 ]
 
 from arguments import count, count_or_none, elsewhere, names, text_name  # noqa: E402
+from tasks import BadInputError, Figure, Tasks  # noqa: E402
 
 ANSWER_TOKENS = 256  # room that a served model needs beyond a window, for tasks that generate
 TASK_LENGTH = 2048  # tokens of a prompt that tasks may need
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of one model: ``boolq/acc`` or ``perplexity/wiki.test``."""
-
-    name: str
-    value: float
-    stderr: float | None
-    of: str  # what it counts: tokens, questions
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -112,12 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         evaluate(options)
-    except (BackendError, _BadInputError) as error:
+    except (BackendError, BadInputError) as error:
         sys.exit(f"evaluate: {error}")
-
-
-class _BadInputError(ValueError):
-    """What the user gave can't be evaluated; the message says why and what to do."""
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, list[Figure]]:
@@ -128,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, list[Figure]]:
 
     sources = {name: _checked(model_source(name)) for name in _models(options)}
     texts = _texts(options, sources[options.model])
-    tasks = _Tasks(options) if options.tasks else None
+    tasks = _tasks(options)
     _check_backend(options)
 
     with mlflow.start_run() as run:
@@ -170,10 +153,10 @@ def _checked(source: str) -> str:
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise _BadInputError(f"{source} is not a checkpoint: it holds no config.json.")
+            raise BadInputError(f"{source} is not a checkpoint: it holds no config.json.")
         return str(path.resolve())
     if path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        raise _BadInputError(f"no checkpoint at {source}{elsewhere(path, PROJECT)}.")
+        raise BadInputError(f"no checkpoint at {source}{elsewhere(path, PROJECT)}.")
     return source
 
 
@@ -189,13 +172,11 @@ def _texts(options: argparse.Namespace, source: str) -> dict[str, Any]:
     for text in options.data:
         name = text_name(text)
         if name in documents:
-            raise _BadInputError(
-                f"two texts are called {name}: their figures would share one name."
-            )
+            raise BadInputError(f"two texts are called {name}: their figures would share one name.")
         try:
             documents[name] = read_documents(text)
         except (OSError, ValueError) as error:
-            raise _BadInputError(f"{error}{elsewhere(text, PROJECT)}") from None
+            raise BadInputError(f"{error}{elsewhere(text, PROJECT)}") from None
     tokenizer = AutoTokenizer.from_pretrained(source)
     windows = {}
     for name, found in documents.items():
@@ -208,78 +189,17 @@ def _texts(options: argparse.Namespace, source: str) -> dict[str, Any]:
                 stride=options.stride,
             )
         except ValueError as error:
-            raise _BadInputError(f"{name}: {error}") from None
+            raise BadInputError(f"{name}: {error}") from None
     return windows
 
 
-class _Tasks:
-    """Tasks of lm-eval, known and with their questions at hand before a model is loaded."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        import datasets
-        from lm_eval.tasks import TaskManager
-        from local_tasks import cached_tasks
-
-        self._options = options
-        # Else a line for each task that local questions replace, and a bar for each that is read.
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        datasets.disable_progress_bars()
-        include = None
-        if options.task_data:
-            try:
-                include = cached_tasks(Path(options.task_data))
-            except (OSError, ValueError) as error:
-                raise _BadInputError(f"{error}{elsewhere(options.task_data, PROJECT)}") from None
-        self._manager = TaskManager(include_path=str(include) if include else None)
-        known = self._manager.task_index
-        unknown = [name for name in options.tasks if name not in known]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=4)
-            raise _BadInputError(
-                f"lm-eval knows no task {', '.join(unknown)}"
-                + (f"; near it: {', '.join(near)}." if near else ".")
-            )
-        try:
-            self._manager.load(options.tasks)
-        except Exception as error:  # of datasets, the hub's client, or the task's own code
-            raise _BadInputError(
-                f"the questions of {', '.join(options.tasks)} can't be had: {error}. Where the hub "
-                "is out of reach, task_data=FOLDER takes them from files (local_tasks.py says how)."
-            ) from None
-
-    def ask(self, backend: Any) -> tuple[list[Figure], dict[str, Any]]:
-        """Every metric of every task and group, and lm-eval's own results."""
-        import lm_eval
-
-        results = lm_eval.simple_evaluate(
-            model=backend.lm(),
-            tasks=self._options.tasks,
-            num_fewshot=self._options.few_shot,
-            limit=self._options.limit,
-            task_manager=self._manager,
-            log_samples=False,
-        )
-        found = {**results["results"], **results.get("groups", {})}
-        return list(_figures(found, results["n-samples"])), json.loads(
-            json.dumps(results, default=str)
-        )
-
-
-def _figures(results: Mapping[str, Any], samples: Mapping[str, Any]) -> Iterator[Figure]:
-    for task, metrics in results.items():
-        for key, value in metrics.items():
-            metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            stderr = metrics.get(f"{metric}_stderr,{kind}")
-            suffix = "" if kind == "none" else f"-{kind}"
-            count = samples.get(task, {}).get("effective")
-            yield Figure(
-                f"{task}/{metric}{suffix}",
-                float(value),
-                stderr if isinstance(stderr, int | float) else None,
-                f"{count} questions" if count else "its tasks",
-            )
+def _tasks(options: argparse.Namespace) -> Tasks | None:
+    if not options.tasks:
+        return None
+    try:
+        return Tasks(options)
+    except OSError as error:
+        raise BadInputError(f"{error}{elsewhere(options.task_data, PROJECT)}") from None
 
 
 def _perplexities(
