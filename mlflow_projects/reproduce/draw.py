@@ -7,7 +7,7 @@ from typing import Any
 
 from figures import BLUE, GREY
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 ORANGE = "#D55E00"
 MAP_CELLS = 64  # a side of a weight's map
@@ -25,6 +25,7 @@ def bars(rows: Sequence[Mapping[str, Any]], label: str, texts: Sequence[str]) ->
         axes.axvline(dense[f"perplexity {text}"], color="black", linestyle="--", label="dense")
         axes.set(xscale="log", xlabel=f"perplexity, {text}")
         axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.2)
         axes.set_yticks(range(len(others)), [str(row[label]) for row in others])
         axes.grid(axis="x", which="both", alpha=0.25)
