@@ -159,7 +159,9 @@ class Sweep:
         """One that waits, else one that the search suggests; None when all are done."""
         if self._waiting():
             return self._study.ask()
-        tried = len(self._study.get_trials(states=(self._states.COMPLETE, self._states.FAIL)))
+        ended = self._study.get_trials(states=(self._states.COMPLETE, self._states.FAIL))
+        # One that was cut off has no error, and runs again.
+        tried = sum(t.state is self._states.COMPLETE or "error" in t.user_attrs for t in ended)
         if self._options.search == "tpe" and tried < self._options.trials:
             return self._study.ask()
         return None
