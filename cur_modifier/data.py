@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["calibration_dataset", "read_documents", "token_windows"]
+__all__ = ["calibration_dataset", "read_documents", "token_windows", "windows_dataset"]
 
 _TEXT = {".txt", ".raw", ".md", ".text"}
 _LINES = {".jsonl", ".ndjson"}
@@ -105,12 +105,18 @@ def calibration_dataset(
     Raises:
         FileNotFoundError, ValueError: as :func:`read_documents` and :func:`token_windows`.
     """
+    documents = read_documents(source, column=column, split=split)
+    return windows_dataset(
+        token_windows(documents, tokenizer, windows=samples, sequence_length=sequence_length)
+    )
+
+
+def windows_dataset(windows: torch.Tensor) -> Dataset:
+    """``windows (count, length)`` of token ids as a ``Dataset`` for ``oneshot(dataset=...)``."""
     from datasets import Dataset
 
-    documents = read_documents(source, column=column, split=split)
-    ids = token_windows(documents, tokenizer, windows=samples, sequence_length=sequence_length)
     return Dataset.from_dict(
-        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+        {"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()}
     )
 
 

@@ -7,10 +7,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parent.parent
@@ -60,6 +62,26 @@ def run_project(
         capture_output=True,
         text=True,
     )
+
+
+def refusal(
+    script: Any, arguments: Mapping[str, object], capsys: Any, positional: Sequence[str] = ()
+) -> str:
+    """What the script of a project says as it ends with an error, no run left active; on one line.
+
+    Arguments that are None are left out.
+    """
+    given = [
+        part
+        for key, value in arguments.items()
+        if value is not None
+        for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*positional, *given])
+    assert stopped.value.code != 0
+    assert mlflow.active_run() is None
+    return " ".join(f"{capsys.readouterr().err} {stopped.value.code}".split())
 
 
 def recipe_text(

@@ -12,11 +12,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
-from support import REPOSITORY, load_script, run_project
+from support import REPOSITORY, load_script, refusal, run_project
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cur_modifier.data import token_windows
@@ -278,6 +277,7 @@ def test_vllm_agrees_with_transformers(
         ({"tasks": "boolq", "task-data": "{folder}/none"}, "no folder"),
         ({"tasks": "boolq", "task-data": "{empty}"}, "none of the tasks' files"),
         ({"few-shot": "1.5"}, "few_shot 1.5"),
+        ({"baseline": "{model}"}, "the baseline is the model itself"),
         ({"backend": "onnx"}, "'onnx' is not transformers, vllm or the URL"),
         ({"backend": "http://127.0.0.1:9"}, "no server of the OpenAI API answers.*backend=vllm"),
         ({"backend": "http://127.0.0.1:9", "baseline": "x"}, "serves one model"),
@@ -295,20 +295,11 @@ def test_bad_input_is_named_before_the_slow_part(
     script = load_script(EVALUATE)
     (tmp_path / "empty").mkdir()
     places = {"text": text, "folder": tmp_path, "tasks": task_data, "empty": tmp_path / "empty"}
+    places["model"] = bench_model
     given: dict[str, Any] = {"model": str(bench_model), "data": str(text), "windows": "2"}
     given |= {"sequence-length": "64", **change}
-    arguments = [
-        part
-        for key, value in given.items()
-        if value is not None
-        for part in (f"--{key}", value.format(**places))
-    ]
-    with pytest.raises(SystemExit) as stopped:
-        script.main(arguments)
-    assert stopped.value.code != 0
-    said = " ".join(f"{capsys.readouterr().err} {stopped.value.code}".split())
-    assert re.search(message, said)
-    assert mlflow.active_run() is None
+    given = {k: v if v is None else v.format(**places) for k, v in given.items()}
+    assert re.search(message, refusal(script, given, capsys))
 
 
 @pytest.mark.parametrize(

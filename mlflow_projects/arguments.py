@@ -13,7 +13,12 @@ def count(text: str) -> int:
 
 def count_or_none(text: str) -> int | None:
     """A whole number from 0, where 0 stands for no limit, or for the default."""
-    return _whole(text, 0) or None
+    return whole(text) or None
+
+
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    return _whole(text, 0)
 
 
 def names(text: str) -> list[str]:
@@ -32,6 +37,17 @@ def elsewhere(path: str | Path, project: Path) -> str:
     if Path(path).is_absolute() or Path.cwd() != project:
         return ""
     return f" in {project}: give a whole path"
+
+
+def check_output(parser: argparse.ArgumentParser, output: Path, project: Path) -> None:
+    """End with an error where ``output`` is no folder to write to, or lies in the project's own."""
+    if not output.is_absolute() and Path.cwd() == project:
+        parser.error(
+            f"output {output} would lie in the project's own folder, where `mlflow run` starts. "
+            "Give a whole path: -P output=$PWD/out."
+        )
+    if output.exists() and not output.is_dir():
+        parser.error(f"output {output} is a file. Name a folder.")
 
 
 def _whole(text: str, least: int) -> int:

@@ -61,7 +61,7 @@ def main() -> None:
     check_serving()
     import torch
     import yaml
-    from run import compress, weight_bytes
+    from run import compress, save_dense, weight_bytes
     from smollm2 import smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -91,6 +91,7 @@ def main() -> None:
 
     parameters: dict[str, int] = {}
     dense = OUT / "dense"
+    shutil.rmtree(dense, ignore_errors=True)
     save_dense(source, dense)
     measure("dense", dense, None)
     for name in RECIPES:
@@ -163,17 +164,6 @@ def write_reference_text(folder: Path, tokenizer: Any) -> tuple[Path, Path]:
     paths[0].write_text("\n\n".join(calibration))
     paths[1].write_text("\n\n".join(topics[name] for name in names[::5]))
     return paths
-
-
-def save_dense(source: str, target: Path) -> None:
-    """The dense model in bfloat16, so that bytes compare like with like."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if target.exists():
-        shutil.rmtree(target)
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(target)
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
 
 
 def stored_parameters(directory: Path, known: dict[str, int], form: str, label: str) -> int:

@@ -40,12 +40,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def model_source(name: str) -> str:
-    """What transformers loads: a directory or hub name, `smollm2` as the directory it lies in."""
-    if name != "smollm2":
-        return name
-    from smollm2 import smollm2
+    """What transformers loads: a directory as a whole path, `smollm2` as the one it lies in, or a
+    hub name.
 
-    return str(smollm2())
+    Raises:
+        FileNotFoundError: a path where no checkpoint lies.
+    """
+    if name == "smollm2":
+        from smollm2 import smollm2
+
+        return str(smollm2())
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{name} is not a checkpoint: it holds no config.json.")
+        return str(path.resolve())
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"no checkpoint at {name}.")
+    return name
 
 
 def compress(
@@ -79,6 +91,37 @@ def compress(
     return seconds
 
 
+def save_dense(model_name: str, target: Path, *, dtype: str = "bfloat16") -> None:
+    """The model as it is, in a dtype, so that bytes compare like with like."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=getattr(torch, dtype))
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(model_name).save_pretrained(target)
+
+
+def measure(checkpoint: Path, text: str, *, windows: int, sequence_length: int) -> float:
+    """Perplexity of a saved checkpoint, loaded in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import cur_modifier  # noqa: F401 - registers the format
+    from cur_modifier.data import read_documents, token_windows
+    from cur_modifier.evaluate import perplexity
+
+    ids = token_windows(
+        read_documents(text),
+        AutoTokenizer.from_pretrained(checkpoint),
+        windows=windows,
+        sequence_length=sequence_length,
+    )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return perplexity(model, ids).perplexity
+
+
 def weight_bytes(directory: str | Path) -> int:
     """Bytes of the safetensors files in a checkpoint."""
     return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
@@ -87,7 +130,10 @@ def weight_bytes(directory: str | Path) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Compress, evaluate, print."""
     options = parse(arguments)
-    model_name = model_source(options.model)
+    try:
+        model_name = model_source(options.model)
+    except FileNotFoundError as error:
+        sys.exit(f"run: {error}")
     seconds = compress(
         options.recipe,
         model_name,
@@ -107,20 +153,10 @@ def main(arguments: list[str] | None = None) -> None:
         "bytes": weight_bytes(options.output),
     }
     if options.evaluate:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from cur_modifier.data import read_documents, token_windows
-        from cur_modifier.evaluate import perplexity
-
-        windows = token_windows(
-            read_documents(options.evaluate),
-            AutoTokenizer.from_pretrained(model_name),
-            windows=options.windows,
-            sequence_length=1024,
+        found = measure(
+            options.output, options.evaluate, windows=options.windows, sequence_length=1024
         )
-        model = AutoModelForCausalLM.from_pretrained(options.output, dtype=torch.float32)
-        result["perplexity"] = round(perplexity(model, windows).perplexity, 2)
+        result["perplexity"] = round(found, 2)
     print(json.dumps(result, indent=2))
     if options.results:
         add_result(options.results, result)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -153,8 +154,9 @@ class Journal:
         if self._refined:
             curves = [refinement.train for refinement in self._refined]
             self._figure(lambda: refinement_curves(curves), "refinement.png")
-        self.files["report.html"] = page = tracker.html()
-        tracker.log_text(page, "report.html")
+        with _optional("report.html"):
+            self.files["report.html"] = page = tracker.html()
+            tracker.log_text(page, "report.html")
         tracker.finish()
         if tracker.run_id is not None:
             logger.info(f"MLflow run {tracker.run_id}: see it with `mlflow ui`")
@@ -173,7 +175,14 @@ class Journal:
     def _figure(self, draw: Callable[[], Any], artifact: str) -> None:
         if self._tracker.run_id is None:
             return
-        try:
+        with _optional(artifact):
             self._tracker.log_figure(draw(), artifact)
-        except Exception as error:  # no drawing is worth hours of compression
-            logger.warning(f"{artifact} could not be drawn and is left out: {error!r}")
+
+
+@contextmanager
+def _optional(artifact: str) -> Iterator[None]:
+    """No drawing is worth hours of compression."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"{artifact} could not be drawn and is left out: {error!r}")

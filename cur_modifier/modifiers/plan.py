@@ -200,14 +200,13 @@ def expected_growth(
         spectra: squared singular values of every weight in the metric of the loss.
     """
     uniform = rank.model_copy(update={"budget": "uniform"})
-    growth = [math.inf] * layers
+    growth: dict[int, float] = {}
     for candidate in with_ranks(candidates, form, uniform, multiple_of):
         assert candidate.rank is not None
         tail = truncation_tail(spectra[candidate.name])
-        lost = float(tail[min(candidate.rank, len(tail) - 1)]) / 2
-        before = growth[candidate.layer]
-        growth[candidate.layer] = lost if math.isinf(before) else before + lost
-    return growth
+        lost = float(tail[candidate.rank]) / 2
+        growth[candidate.layer] = growth.get(candidate.layer, 0.0) + lost
+    return [growth.get(layer, math.inf) for layer in range(layers)]
 
 
 def with_budget(

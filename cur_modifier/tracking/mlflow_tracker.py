@@ -18,7 +18,7 @@ from loguru import logger
 
 from cur_modifier.tracking import flatten as flat
 from cur_modifier.tracking.recording import Recording
-from cur_modifier.tracking.tracker import Tracker
+from cur_modifier.tracking.tracker import Tracker, never_raises
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,24 +28,6 @@ if TYPE_CHECKING:
 _DOTS_PER_INCH = 150
 
 P = ParamSpec("P")
-
-
-def _never_raises(
-    method: Callable[Concatenate[MlflowTracker, P], None],
-) -> Callable[Concatenate[MlflowTracker, P], None]:
-    """What cannot be prepared (a figure that cannot be drawn) is left out with a warning."""
-
-    @functools.wraps(method)
-    def guarded(self: MlflowTracker, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            method(self, *args, **kwargs)
-        except Exception as error:
-            logger.warning(
-                f"MLflow: {method.__name__} leaves something out of run {self.run_id}: "
-                f"{type(error).__name__}: {error}"
-            )
-
-    return guarded
 
 
 class MlflowTracker(Tracker):
@@ -65,7 +47,7 @@ class MlflowTracker(Tracker):
         # At exit the recording's own hook closes the run, because that has to wait.
         finalizer.atexit = False
 
-    @_never_raises
+    @never_raises
     def log_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
@@ -75,7 +57,7 @@ class MlflowTracker(Tracker):
         ]
         self._submit("parameters", _send_params, entries)
 
-    @_never_raises
+    @never_raises
     def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
         from mlflow.entities import Metric
 
@@ -94,11 +76,11 @@ class MlflowTracker(Tracker):
         ]
         self._submit("metrics", _send_metrics, entries)
 
-    @_never_raises
+    @never_raises
     def log_text(self, text: str, artifact: str) -> None:
         self._submit(artifact, _send_file, text.encode("utf-8", "replace"), artifact)
 
-    @_never_raises
+    @never_raises
     def log_table(self, rows: Sequence[Mapping[str, Any]], artifact: str) -> None:
         if not artifact.endswith(".csv"):
             raise ValueError(f"a table needs an artifact name that ends in .csv, got {artifact!r}")
@@ -114,14 +96,14 @@ class MlflowTracker(Tracker):
         table = str(PurePosixPath(artifact).with_suffix(".json"))
         self._submit(table, _send_table, columns, table)
 
-    @_never_raises
+    @never_raises
     def log_figure(self, figure: Figure, artifact: str) -> None:
         # Drawn here, because matplotlib is not safe to use from two threads.
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=_DOTS_PER_INCH, bbox_inches="tight")
         self._submit(artifact, _send_file, png.getvalue(), artifact)
 
-    @_never_raises
+    @never_raises
     def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
@@ -131,7 +113,7 @@ class MlflowTracker(Tracker):
         ]
         self._submit("tags", _send_tags, entries)
 
-    @_never_raises
+    @never_raises
     def finish(self, *, error: BaseException | str | None = None) -> None:
         if isinstance(error, BaseException):
             error = f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from cur_modifier.tracking.environment import environment
-from cur_modifier.tracking.tracker import Tracker
+from cur_modifier.tracking.tracker import Tracker, never_raises
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,11 +56,12 @@ class Page(Tracker):
         self._tables[artifact] = [dict(row) for row in rows]
         self._inner.log_table(rows, artifact)
 
+    @never_raises
     def log_figure(self, figure: Figure, artifact: str) -> None:
+        self._inner.log_figure(figure, artifact)
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=_DOTS_PER_INCH, bbox_inches="tight")
         self._figures[artifact] = base64.b64encode(png.getvalue()).decode()
-        self._inner.log_figure(figure, artifact)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._inner.set_tags(tags)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from loguru import logger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,6 +67,28 @@ class Tracker(ABC):
 
         A run that the user had started is left running. The second call does nothing.
         """
+
+
+_T = TypeVar("_T", bound=Tracker)
+_P = ParamSpec("_P")
+
+
+def never_raises(
+    method: Callable[Concatenate[_T, _P], None],
+) -> Callable[Concatenate[_T, _P], None]:
+    """What cannot be prepared (a figure that cannot be drawn) is left out with a warning."""
+
+    @functools.wraps(method)
+    def guarded(self: _T, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            logger.warning(
+                f"MLflow: {method.__name__} leaves something out of run {self.run_id}: "
+                f"{type(error).__name__}: {error}"
+            )
+
+    return guarded
 
 
 class NullTracker(Tracker):

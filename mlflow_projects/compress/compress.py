@@ -24,7 +24,7 @@ COMPARED = ("ratio_targets", "ratio_model")
 RECIPES = PROJECT.parent.parent / "recipes"
 sys.path[:0] = [str(PROJECT.parent), str(RECIPES), str(RECIPES.parent / "tools")]
 
-from arguments import count, elsewhere  # noqa: E402
+from arguments import check_output, count, elsewhere  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,13 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             f"no recipe {options.recipe}{elsewhere(options.recipe, PROJECT)}. Give a file, or one "
             f"of {', '.join(named)}."
         )
-    if not options.output.is_absolute() and Path.cwd() == PROJECT:
-        parser.error(
-            f"output {options.output} would lie in the project's own folder, where `mlflow run` "
-            "starts. Give a whole path: -P output=$PWD/out."
-        )
-    if options.output.exists() and not options.output.is_dir():
-        parser.error(f"output {options.output} is a file. Name a directory.")
+    check_output(parser, options.output, PROJECT)
     return options
 
 
@@ -72,7 +66,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     from cur_modifier.data import read_documents
 
-    model = model_source(options.model)
+    try:
+        model = model_source(options.model)
+    except FileNotFoundError as error:
+        sys.exit(f"compress: {error}{elsewhere(options.model, PROJECT)}")
     try:
         read_documents(options.data)
     except (OSError, ValueError) as error:

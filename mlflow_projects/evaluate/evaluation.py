@@ -36,7 +36,6 @@ sys.path[:0] = [
 from arguments import count, count_or_none, elsewhere, names, text_name  # noqa: E402
 from tasks import BadInputError, Figure, Tasks  # noqa: E402
 
-ANSWER_TOKENS = 256  # room that a served model needs beyond a window, for tasks that generate
 TASK_LENGTH = 2048  # tokens of a prompt that tasks may need
 
 
@@ -71,6 +70,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     if not options.data and not options.tasks:
         parser.error("nothing to measure: give data=TEXT, tasks=NAMES, or both.")
+    if options.baseline == options.model:
+        parser.error(f"the baseline is the model itself, {options.model}. Name another, or none.")
     if options.stride is not None and options.stride > options.sequence_length:
         parser.error(
             f"stride {options.stride} leaves out tokens between windows of "
@@ -103,13 +104,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"evaluate: {error}")
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, list[Figure]]:
-    """All figures by model, logged."""
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure all figures of the model, and of the baseline, and log them."""
     import mlflow
     from registry import registered
-    from run import model_source
 
-    sources = {name: _checked(model_source(name)) for name in _models(options)}
+    sources = {name: _source(name) for name in _models(options)}
     texts = _texts(options, sources[options.model])
     tasks = _tasks(options)
     _check_backend(options)
@@ -129,14 +129,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, list[Figure]]:
                     figures[name] += found
                     mlflow.log_dict(raw, f"lm_eval-{_role(name, options)}.json")
             _log(figures[name], _role(name, options), model)
-        mlflow.log_text(_csv(figures, options), "figures.csv")
+        mlflow.log_text(_csv(figures), "figures.csv")
         if options.baseline:
             from figures import before_after
 
             mlflow.log_figure(before_after(*figures.values()), "before_after.png")
         print(_table(figures))
         print(f"MLflow run {run.info.run_id}" + (f", model {model.model_id}" if model else ""))
-    return figures
 
 
 def _models(options: argparse.Namespace) -> list[str]:
@@ -148,16 +147,13 @@ def _role(name: str, options: argparse.Namespace) -> str:
     return "model" if name == options.model else "baseline"
 
 
-def _checked(source: str) -> str:
-    """A directory that holds a checkpoint, as a whole path; anything else is a hub's name."""
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadInputError(f"{source} is not a checkpoint: it holds no config.json.")
-        return str(path.resolve())
-    if path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        raise BadInputError(f"no checkpoint at {source}{elsewhere(path, PROJECT)}.")
-    return source
+def _source(name: str) -> str:
+    from run import model_source
+
+    try:
+        return model_source(name)
+    except FileNotFoundError as error:
+        raise BadInputError(f"{error}{elsewhere(name, PROJECT)}") from None
 
 
 def _texts(options: argparse.Namespace, source: str) -> dict[str, Any]:
@@ -249,12 +245,10 @@ def _log(figures: list[Figure], role: str, model: Any | None) -> None:
         mlflow.log_metrics(values)
         return
     mlflow.log_metrics(values, model_id=model.model_id)
-    client = mlflow.MlflowClient()
-    for name, value in values.items():
-        client.log_metric(model.source_run_id, name, value)
+    mlflow.log_metrics(values, run_id=model.source_run_id)
 
 
-def _csv(figures: Mapping[str, list[Figure]], options: argparse.Namespace) -> str:
+def _csv(figures: Mapping[str, list[Figure]]) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["model", "figure", "value", "standard_error", "of"])

@@ -92,8 +92,10 @@ def write_tasks(data: Path, out: Path) -> list[str]:
 def cached_tasks(data: Path) -> Path:
     """A folder of the tasks of ``data``, made once for its files and this release of lm-eval.
 
-    It lies in ``$CUR_MODIFIER_CACHE`` or ``~/.cache/cur_modifier``.
+    It lies where ``tools/smollm2.py`` keeps the model.
     """
+    from smollm2 import cache_folder
+
     if not data.is_dir():
         raise FileNotFoundError(f"no folder {data} of task data.")
     stamp = hashlib.sha256(lm_eval.__version__.encode() + Path(__file__).read_bytes())
@@ -101,8 +103,7 @@ def cached_tasks(data: Path) -> Path:
         stamp.update(f"{file.relative_to(data)} ".encode())
         with file.open("rb") as opened:
             stamp.update(hashlib.file_digest(opened, "sha256").digest())
-    root = os.environ.get("CUR_MODIFIER_CACHE") or Path.home() / ".cache" / "cur_modifier"
-    folder = Path(root) / "tasks" / stamp.hexdigest()[:16]
+    folder = cache_folder() / "tasks" / stamp.hexdigest()[:16]
     if not folder.exists():
         write_tasks(data, folder)
     return folder

@@ -32,9 +32,10 @@ sys.path[:0] = [
     for folder in (PROJECT, PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
 ]
 
-from arguments import count, elsewhere  # noqa: E402
+from arguments import check_output, count, elsewhere, whole  # noqa: E402
+from experiments import EXPERIMENTS, Case, Experiment  # noqa: E402
 
-NAMES = ("curing", "selection", "rank", "domains", "weights")
+NAMES = (*EXPERIMENTS, "weights")
 SETTINGS = ("model", "samples", "windows", "sequence_length", "layers", "seed")
 
 
@@ -51,16 +52,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=count, default=24, help="windows to evaluate on")
     parser.add_argument("--sequence-length", type=count, default=1024, help="tokens of each")
     parser.add_argument("--layers", type=count, default=10, help="that CUR takes, as published")
-    parser.add_argument("--seed", type=float, default=0)
+    parser.add_argument("--seed", type=whole, default=0)
     options = parser.parse_args(arguments)
-    options.seed = int(options.seed)
-    if not options.output.is_absolute() and Path.cwd() == PROJECT:
-        parser.error(
-            f"output {options.output} would lie in the project's own folder, where `mlflow run` "
-            "starts. Give a whole path: -P output=$PWD/out."
-        )
-    if options.output.exists() and not options.output.is_dir():
-        parser.error(f"output {options.output} is a file. Name a folder.")
+    check_output(parser, options.output, PROJECT)
     return options
 
 
@@ -70,31 +64,35 @@ def main(arguments: list[str] | None = None) -> None:
     import mlflow
     from run import model_source
 
-    source = model_source(options.model)
-    harness = None
-    if options.experiment != "weights":
-        try:
-            harness = _Harness(source, options)
-        except (OSError, ValueError) as error:
-            sys.exit(f"reproduce: {error}{elsewhere(options.data, PROJECT)}")
+    try:
+        source = model_source(options.model)
+    except FileNotFoundError as error:
+        sys.exit(f"reproduce: {error}{elsewhere(options.model, PROJECT)}")
+    if options.experiment == "weights":
+        options.output.mkdir(parents=True, exist_ok=True)
+        with mlflow.start_run():
+            _weights(source, options)
+        return
+    experiment = EXPERIMENTS[options.experiment]
+    cases = experiment.cases(options.layers, options.seed)
+    try:
+        harness = _Harness(source, options, experiment, cases)
+    except (OSError, ValueError) as error:
+        sys.exit(f"reproduce: {error}{elsewhere(options.data, PROJECT)}")
     options.output.mkdir(parents=True, exist_ok=True)
     with mlflow.start_run():
-        if harness is None:
-            _weights(source, options)
-        else:
-            _experiment(harness, options)
+        _experiment(experiment, cases, harness, options)
 
 
-def _experiment(harness: _Harness, options: argparse.Namespace) -> None:
+def _experiment(
+    experiment: Experiment, cases: list[Case], harness: _Harness, options: argparse.Namespace
+) -> None:
     import mlflow
-    from experiments import EXPERIMENTS
 
-    experiment = EXPERIMENTS[options.experiment]
     file = options.output / f"{options.experiment}.json"
     settings = {name: getattr(options, name) for name in SETTINGS}
     kept = _read(file, settings)
     rows = []
-    cases = experiment.cases(options.layers, options.seed)
     for number, case in enumerate(cases, start=1):
         found = next((row for row in kept if case.labels.items() <= row.items()), None)
         if found is None:
@@ -103,10 +101,8 @@ def _experiment(harness: _Harness, options: argparse.Namespace) -> None:
             found = case.labels | harness.measure(case.settings, case.calibrate, experiment.texts)
         rows.append(found)
         _write(file, json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
-    figure = experiment.figure(rows)
-    figure.savefig(options.output / f"{options.experiment}.png", dpi=120)
+    _put_figure(options.output / f"{options.experiment}.png", experiment.figure(rows))
     section = _section(options, experiment.question, rows, experiment.findings(rows))
-    mlflow.log_figure(figure, f"{options.experiment}.png")
     mlflow.log_text(section, f"{options.experiment}.md")
     mlflow.log_table({key: [row[key] for row in rows] for key in rows[0]}, "rows.json")
     for step, row in enumerate(rows):
@@ -119,14 +115,18 @@ def _experiment(harness: _Harness, options: argparse.Namespace) -> None:
 class _Harness:
     """A fresh model a case, the same windows for all."""
 
-    def __init__(self, source: str, options: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        source: str,
+        options: argparse.Namespace,
+        experiment: Experiment,
+        cases: Sequence[Case],
+    ) -> None:
         import domains
-        from experiments import EXPERIMENTS
         from transformers import AutoConfig, AutoTokenizer
 
         from cur_modifier.data import token_windows
 
-        experiment = EXPERIMENTS[options.experiment]
         depth = AutoConfig.from_pretrained(source).num_hidden_layers
         if options.layers > depth - 2:
             raise ValueError(
@@ -140,14 +140,15 @@ class _Harness:
         def windows(documents: list[str], wanted: int) -> Any:
             return token_windows(documents, tokenizer, windows=wanted, sequence_length=self._length)
 
-        cases = experiment.cases(options.layers, options.seed)
-        needed = {case.calibrate for case in cases} | {*experiment.texts}
+        calibrate = {case.calibrate for case in cases}
         self._calibration, self._evaluation = {}, {}
-        for name in sorted(needed):
+        for name in sorted(calibrate | {*experiment.texts}):
             try:
                 texts = domains.read(name, options.data)
-                self._calibration[name] = windows(texts.calibration, options.samples)
-                self._evaluation[name] = windows(texts.evaluation, options.windows)
+                if name in calibrate:
+                    self._calibration[name] = windows(texts.calibration, options.samples)
+                if name in experiment.texts:
+                    self._evaluation[name] = windows(texts.evaluation, options.windows)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
 
@@ -157,11 +158,11 @@ class _Harness:
         """Ratio, perplexities and seconds of one compression."""
         import torch
         import yaml
-        from datasets import Dataset
         from llmcompressor import oneshot
         from transformers import AutoModelForCausalLM
 
         import cur_modifier  # noqa: F401 - registers the stage
+        from cur_modifier.data import windows_dataset
         from cur_modifier.evaluate import perplexity
         from cur_modifier.modifiers.report import parameter_count
 
@@ -170,11 +171,10 @@ class _Harness:
         started = time.perf_counter()
         if settings is not None:
             ids = self._calibration[calibrate]
-            tokens = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
             stage = {"cur_modifiers": {"CURModifier": settings | {"mlflow": False}}}
             oneshot(
                 model=model,
-                dataset=Dataset.from_dict(tokens),
+                dataset=windows_dataset(ids),
                 recipe=yaml.safe_dump({"compress_stage": stage}),
                 num_calibration_samples=len(ids),
             )
@@ -231,8 +231,7 @@ def _weights(source: str, options: argparse.Namespace) -> None:
         ("decay.png", decay(spectra)),
         ("structure.png", structure(maps, shown)),
     ):
-        figure.savefig(options.output / file, dpi=120)
-        mlflow.log_figure(figure, file)
+        _put_figure(options.output / file, figure)
     mlflow.log_table({key: [row[key] for row in rows] for key in rows[0]}, "rows.json")
     summary = [
         {"projection": projection}
@@ -278,6 +277,14 @@ def _read(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
             "another output, or the same settings."
         )
     return held["rows"]
+
+
+def _put_figure(file: Path, figure: Any) -> None:
+    """Beside the rows, and into the run."""
+    import mlflow
+
+    figure.savefig(file, dpi=120)
+    mlflow.log_artifact(str(file))
 
 
 def _write(file: Path, text: str) -> None:

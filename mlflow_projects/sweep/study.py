@@ -99,11 +99,9 @@ class Sweep:
             self._study.set_user_attr("run_id", parent.info.run_id)
             self._parent = parent.info
             self._recover()
-            try:
-                while (trial := self._next()) is not None:
-                    self._one(trial)
-                    self._draw()
-            finally:
+            self._draw()
+            while (trial := self._next()) is not None:
+                self._one(trial)
                 self._draw()
             self._prune()
         print(_table(self.done(), self._front()))
@@ -168,11 +166,10 @@ class Sweep:
 
     def _point(self, trial: Any) -> Point:
         """What is suggested, as one choice among the points: the axes depend on each other."""
-        by_name = {str(point): point for point in self._options.points}
         if "point" in trial.user_attrs:
             return Point(**trial.user_attrs["point"])
-        form = trial.suggest_categorical("form", sorted({p.form for p in by_name.values()}))
-        of_form = [p for p in by_name.values() if p.form == form]
+        form = trial.suggest_categorical("form", sorted({p.form for p in self._options.points}))
+        of_form = [p for p in self._options.points if p.form == form]
         selections = sorted({p.selection for p in of_form})
         ratios = sorted({p.ratio for p in of_form})
         return Point(

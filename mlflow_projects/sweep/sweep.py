@@ -24,7 +24,7 @@ sys.path[:0] = [
     for folder in (PROJECT, PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
 ]
 
-from arguments import count, elsewhere, names  # noqa: E402
+from arguments import check_output, count, elsewhere, names, whole  # noqa: E402
 from space import FORMS, OPTIMAL, QUANTIZATIONS, points  # noqa: E402
 from study import Sweep, SweepError  # noqa: E402
 
@@ -55,9 +55,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--keep", choices=["front", "all", "none"], default="front", help="checkpoints to keep"
     )
-    parser.add_argument("--seed", type=float, default=0)
+    parser.add_argument("--seed", type=whole, default=0)
     options = parser.parse_args(arguments)
-    options.seed = int(options.seed)
 
     for axis, known in (("forms", FORMS), ("quantizations", QUANTIZATIONS)):
         given = getattr(options, axis)
@@ -70,13 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     if not options.points:
         parser.error(f"form cur has no selection {OPTIMAL}. Name one, e.g. selections=deim,greedy.")
-    if not options.output.is_absolute() and Path.cwd() == PROJECT:
-        parser.error(
-            f"output {options.output} would lie in the project's own folder, where `mlflow run` "
-            "starts. Give a whole path: -P output=$PWD/sweep_out."
-        )
-    if options.output.exists() and not options.output.is_dir():
-        parser.error(f"output {options.output} is a file. Name a folder.")
+    check_output(parser, options.output, PROJECT)
     options.output = options.output.resolve()
     return options
 
@@ -122,9 +115,10 @@ def _check(options: argparse.Namespace) -> None:
                 CURModifier(**stage["cur_modifiers"]["CURModifier"])
             except ValueError as error:
                 raise SweepError(f"{point}: {error}") from None
-    options.model = model_source(options.model)
-    if Path(options.model).is_dir():
-        options.model = str(Path(options.model).resolve())
+    try:
+        options.model = model_source(options.model)
+    except FileNotFoundError as error:
+        raise SweepError(f"{error}{elsewhere(options.model, PROJECT)}") from None
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     for name, windows, length in (
         ("data", options.samples, options.sequence_length),

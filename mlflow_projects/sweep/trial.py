@@ -23,27 +23,21 @@ sys.path[:0] = [
 def measure(given: dict[str, Any]) -> dict[str, Any]:
     """Compress by the recipe, save, load again, and measure; returns what the study wants."""
     import mlflow
-    import torch
+    import run
     import yaml
     from arguments import text_name
     from registry import register
-    from run import compress, weight_bytes
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import cur_modifier  # noqa: F401 - registers the format
-    from cur_modifier.data import read_documents, token_windows
-    from cur_modifier.evaluate import perplexity
 
     folder = Path(given["folder"])
     checkpoint = folder / "checkpoint"
-    with mlflow.start_run() as run:
+    with mlflow.start_run() as joined:
         mlflow.log_params(given["params"])
         metrics: dict[str, float] = {}
         if given["recipe"]:
             recipe = folder / "recipe.yaml"
             recipe.write_text(yaml.safe_dump(given["recipe"], sort_keys=False))
             mlflow.log_artifact(str(recipe))
-            metrics["oneshot_seconds"] = compress(
+            metrics["oneshot_seconds"] = run.compress(
                 recipe,
                 given["model"],
                 given["data"],
@@ -53,25 +47,17 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
                 dtype=given["dtype"],
             )
         else:  # the reference, in the same dtype
-            dtype = getattr(torch, given["dtype"])
-            dense = AutoModelForCausalLM.from_pretrained(given["model"], dtype=dtype)
-            dense.save_pretrained(checkpoint)
-            AutoTokenizer.from_pretrained(given["model"]).save_pretrained(checkpoint)
-            del dense
-        metrics["bytes_checkpoint"] = float(weight_bytes(checkpoint))
-        windows = token_windows(
-            read_documents(given["text"]),
-            AutoTokenizer.from_pretrained(checkpoint),
+            run.save_dense(given["model"], checkpoint, dtype=given["dtype"])
+        metrics["bytes_checkpoint"] = float(run.weight_bytes(checkpoint))
+        found = run.measure(
+            checkpoint,
+            given["text"],
             windows=given["windows"],
             sequence_length=given["window_length"],
         )
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        if torch.cuda.is_available():
-            model.to("cuda")
-        found = perplexity(model, windows).perplexity
         metrics[f"perplexity/{text_name(given['text'])}"] = found
         registered = register(
-            run.info.run_id,
+            joined.info.run_id,
             given["name"],
             checkpoint.resolve(),
             {key: str(value) for key, value in given["params"].items()},

@@ -74,11 +74,10 @@ def by_recipe(
     """
 
     def compress(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
-        import torch
         import yaml
-        from datasets import Dataset
         from llmcompressor import oneshot
 
+        from cur_modifier.data import windows_dataset
         from cur_modifier.modifiers.report import parameter_count
         from quality.calibration import projections
 
@@ -86,15 +85,11 @@ def by_recipe(
         stage = {"cur_modifiers": {"CURModifier": {"rank": wish, "mlflow": False} | cur}}
         if then:
             stage["then_modifiers"] = then
-        tokens = {
-            "input_ids": windows.tolist(),
-            "attention_mask": torch.ones_like(windows).tolist(),
-        }
         before = sum(p.numel() for m in projections(model).values() for p in m.parameters())
         whole = parameter_count(model)
         oneshot(
             model=model,
-            dataset=Dataset.from_dict(tokens),
+            dataset=windows_dataset(windows),
             recipe=yaml.safe_dump({"compress_stage": stage}),
         )
         # By difference, so that factors count wherever in the model a stage puts them.
