@@ -68,7 +68,7 @@ def run_layers(
                     seed=fitting.seed ^ index,
                 )
                 fitting.journal.refined(name, index, refined)
-            streams.advance(outputs)
+            streams.advance(outputs, changed=bool(here))
 
 
 def _fit_group(

@@ -8,7 +8,7 @@ for one pass (:func:`~cur_modifier.factored.answering_dense`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -21,6 +21,7 @@ from cur_modifier.factored import CURLinear, FactoredLinear, answering_dense
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.streams import frozen, replaced_forward
 from cur_modifier.modifiers.training import digest, inverse_root
+from cur_modifier.precision import half_products
 
 __all__ = ["Distillation", "Loss", "Moments", "Sample", "collect_samples"]
 
@@ -113,7 +114,8 @@ class Distillation:
         model: with fitted containers that keep their dense layers.
         containers: by name.
         layers: all decoder layers by name.
-        autocast: products of a float32 model in bfloat16, in student and teacher alike.
+        autocast: products of a float32 model in bfloat16, in student and teacher alike, where the
+            device has units for it.
         logits: whether the KL divergence of the last logits is wanted.
         cache_bytes: for what the teacher says.
 
@@ -272,8 +274,8 @@ class Distillation:
             stack.enter_context(self._products())
             return self._model(**inputs)
 
-    def _products(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
+    def _products(self) -> AbstractContextManager[Any]:
+        return half_products(self._dtype, self._device) if self._autocast else nullcontext()
 
     def _passing(self, state: torch.Tensor) -> Callable[..., Any]:
         answer: Any = (state,) if self._in_tuple else state

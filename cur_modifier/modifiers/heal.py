@@ -90,7 +90,7 @@ class CURHealModifier(Modifier):
     :param validation_share: part of the calibration windows held out, at least one
     :param patience: stop after so many validations without a new best
     :param logits_weight: adds this times the KL divergence of the logits, in nats a token
-    :param autocast: products of a float32 model in bfloat16
+    :param autocast: products of a float32 model in bfloat16, where the device has units for it
     :param teacher_cache_gib: memory for the teacher's outputs; where they need more, the dense
         model runs again for every window
     :param checkpoint_dir: where the state is saved, and from where a killed run continues

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.config import LayersConfig
-from cur_modifier.modifiers.training import half_products
+from cur_modifier.precision import half_products
 
 __all__ = ["choose_layers", "decoder_layers", "survey"]
 

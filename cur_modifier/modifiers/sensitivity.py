@@ -27,7 +27,8 @@ from tqdm import tqdm
 from cur_modifier.linalg import GramAccumulator, curvature_spectrum
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.streams import frozen
-from cur_modifier.modifiers.training import digest, half_products
+from cur_modifier.modifiers.training import digest
+from cur_modifier.precision import half_products
 
 __all__ = ["Sensitivity", "fingerprint", "load_or_measure"]
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from cur_modifier.factored import FactoredLinear
 from cur_modifier.linalg import PairedMoments
-from cur_modifier.modifiers.training import half_products
+from cur_modifier.precision import half_products
 
 __all__ = ["LayerStreams", "frozen", "replaced_forward"]
 
@@ -44,7 +44,7 @@ class LayerStreams:
     Args:
         model: the dense model; factored containers answer with their dense weights.
         layers: its decoder layers in order.
-        batches: what the model is called with.
+        batches: what the model is called with; no cache of keys and values.
         device: where layers are run.
 
     Cost: one forward pass of one batch, and the embedding of all. Memory: two hidden states a
@@ -52,7 +52,7 @@ class LayerStreams:
 
     Raises:
         ValueError: the model does more between its layers than hand on the hidden state, so they
-            can't be run by themselves.
+            can't be run by themselves; or it uses a cache.
     """
 
     def __init__(
@@ -159,12 +159,16 @@ class LayerStreams:
         return moments
 
     @torch.no_grad()
-    def advance(self, dense_outputs: Sequence[torch.Tensor]) -> None:
-        """Go on to the next layer, the compressed stream through the layer as it is now."""
-        unchanged = not any(isinstance(module, FactoredLinear) for module in self.layer.modules())
+    def advance(self, dense_outputs: Sequence[torch.Tensor], *, changed: bool) -> None:
+        """Go on to the next layer, the compressed stream through the layer as it is now.
+
+        Args:
+            dense_outputs: as :meth:`run_dense` gave them.
+            changed: whether the layer is another since. Streams are one up to the first that is.
+        """
         with self.precision():
             for index, batch in enumerate(self.batches):
-                if unchanged and batch.compressed is batch.dense:  # nothing is factored up to here
+                if not changed and batch.compressed is batch.dense:
                     batch.compressed = dense_outputs[index]
                 else:
                     with self._settled_parts(index):
@@ -288,6 +292,12 @@ class LayerStreams:
                     raise ValueError(
                         f"{type(self._model).__name__} calls its layers with positional arguments "
                         "beyond the hidden state. Leave out `anchor` and `refine`."
+                    )
+                if kwargs.get("past_key_values") is not None:
+                    raise ValueError(
+                        f"{type(self._model).__name__} hands a cache of keys and values to its "
+                        "layers, and a layer that is run twice would read what its first run left "
+                        "there. Call it with use_cache=False."
                     )
                 if not first:
                     first.append(hidden_states)

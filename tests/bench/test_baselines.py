@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from quality.baselines import Factored, Inputs, asvd, curing, pair_rank, svd, svd_llm, svd_llm_id
-from quality.mpifa import reconstruct
+from quality.mpifa import SHRINKAGE, mpifa, reconstruct
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from cur_modifier.linalg import Form, gram_norm, stored_parameters
+from cur_modifier.linalg import Form, gram_norm, ratio_rank, shrunk, stored_parameters
 
 SHAPES = [(24, 24), (12, 40), (40, 12)]
 RATIO = 0.6
@@ -118,3 +122,52 @@ def test_mpifa_solves_one_factor_after_the_other_on_the_compressed_stream() -> N
     left = torch.linalg.lstsq(x @ right.T, wanted).solution.T
     right = torch.linalg.lstsq(left, (torch.linalg.pinv(x) @ wanted).T).solution
     torch.testing.assert_close(reconstruct(W, gram, drift, rank), left @ right)
+
+
+def test_mpifa_sees_what_the_layers_before_it_have_become() -> None:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    windows = torch.randint(0, 64, (8, 16))
+    dense, wanted = deepcopy(model), deepcopy(model)
+    for names in groups_in_order(wanted):
+        x, seen = (inputs_of_module(each, names[0], windows) for each in (dense, wanted))
+        gram, drift = seen.T @ seen / len(seen), (x - seen).T @ seen / len(seen)
+        gram = shrunk(gram, SHRINKAGE)  # what o reads has the rank of v
+        for name in names:
+            weight = wanted.get_submodule(name).weight
+            rank = ratio_rank(Form.ID, *weight.shape, RATIO)
+            with torch.no_grad():
+                weight.copy_(reconstruct(weight, gram, drift, rank))
+    mpifa(model, windows, RATIO)
+    with torch.no_grad():  # what inputs never do, weights may do as they like
+        logits, expected, before = (m(input_ids=windows).logits for m in (model, wanted, dense))
+    assert (logits - expected).abs().max() < 1e-3 * (expected - before).abs().max()
+
+
+def groups_in_order(model: nn.Module) -> list[list[str]]:
+    """Projections by the tensor that they read."""
+    readers = [("self_attn", "qkv"), ("self_attn", "o"), ("mlp", ["gate", "up"]), ("mlp", ["down"])]
+    return [
+        [f"model.layers.{layer}.{part}.{name}_proj" for name in names]
+        for layer in range(len(model.model.layers))
+        for part, names in readers
+    ]
+
+
+def inputs_of_module(model: nn.Module, name: str, windows: torch.Tensor) -> torch.Tensor:
+    found: list[torch.Tensor] = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(input_ids=windows)
+    handle.remove()
+    return found[0]

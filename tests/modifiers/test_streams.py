@@ -71,7 +71,8 @@ def calls(modules: dict[str, nn.Module]) -> Iterator[Counter[str]]:
 def streams_of(model: nn.Module) -> LayerStreams:
     generator = torch.Generator().manual_seed(1)
     batches = [
-        {"input_ids": torch.randint(0, 64, (2, 10), generator=generator)} for _ in range(BATCHES)
+        {"input_ids": torch.randint(0, 64, (2, 10), generator=generator), "use_cache": False}
+        for _ in range(BATCHES)
     ]
     return LayerStreams(model, list(model.model.layers), batches, torch.device("cpu"))
 
@@ -92,7 +93,7 @@ def moments_of_a_layer(
         for name in group:
             fit(here[name])
     forget()
-    streams.advance(outputs)
+    streams.advance(outputs, changed=True)
     return grams
 
 
@@ -138,3 +139,22 @@ def test_a_part_that_does_more_behind_its_last_linear_is_run_whole(model: nn.Mod
     with torch.no_grad():
         streams.run_dense({n: c for n, c in containers.items() if n.startswith("0.")})
     assert [end.module for end in streams._ends] == [layer.mlp.down_proj]
+
+
+def test_the_streams_part_at_the_first_layer_that_is_changed(model: nn.Module) -> None:
+    streams = streams_of(model)
+    parted = []
+    for index, changed in enumerate((False, True)):
+        outputs, _, _ = streams.run_dense({})
+        if changed:
+            with torch.no_grad():
+                model.model.layers[index].mlp.down_proj.weight.mul_(2)  # a Linear as before
+        streams.advance(outputs, changed=changed)
+        parted.append(not torch.equal(streams.batches[0].compressed, streams.batches[0].dense))
+    assert parted == [False, True]
+
+
+def test_a_cache_that_passes_would_share_is_refused(model: nn.Module) -> None:
+    batches = [{"input_ids": torch.zeros(1, 4, dtype=torch.long), "use_cache": True}]
+    with pytest.raises(ValueError, match="use_cache=False"):
+        LayerStreams(model, list(model.model.layers), batches, torch.device("cpu"))

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cur_modifier.linalg import GramAccumulator
-from cur_modifier.modifiers.training import half_products
+from cur_modifier.precision import half_products
 from quality.baselines import Inputs
 
 __all__ = ["input_statistics", "projections"]

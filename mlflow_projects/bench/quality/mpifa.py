@@ -43,7 +43,7 @@ def mpifa(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
     linears = projections(model)
     before = after = 0
     layers = list(model.model.layers)
-    batches = [{"input_ids": window[None]} for window in windows]
+    batches = [{"input_ids": window[None], "use_cache": False} for window in windows]
     with torch.no_grad(), frozen(model):
         streams = LayerStreams(model, layers, batches, windows.device)
         for index in tqdm(range(len(layers)), desc="Factoring layers", leave=False):
@@ -61,5 +61,5 @@ def mpifa(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
                     W.copy_(reconstruct(W, gram, drift.to(gram), rank))
                     before += m * n
                     after += stored(Form.ID, m, n, rank)
-            streams.advance(outputs)
+            streams.advance(outputs, changed=True)
     return after / before
