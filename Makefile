@@ -63,8 +63,8 @@ lint-types: $(COMPRESS_READY)
 lint-imports: $(COMPRESS_READY)
 	$(COMPRESS)/bin/lint-imports --no-logo
 
-bench-factorize: $(COMPRESS_READY) ## time the factorization alone against the straightforward procedure
-	$(COMPRESS)/bin/python mlflow_projects/bench/factorize.py
+bench-factorize: $(COMPRESS_READY) ## time every selection and form on one weight, beside SVD, pivoted QR and SciPy
+	$(COMPRESS)/bin/python mlflow_projects/bench/factorize
 
 bench-quality: $(COMPRESS_READY) ## measure perplexity at a given size, ours and others' (METHODS=, RATIOS=, CALIB=, DATA=)
 	$(COMPRESS)/bin/python mlflow_projects/bench/quality $(if $(METHODS),--methods '$(METHODS)') \

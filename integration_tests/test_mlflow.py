@@ -53,7 +53,7 @@ def test_one_run_with_everything(tiny: Any, compress: Compress) -> None:
     recipe = yaml.safe_load(artifact(run, "recipe.yaml").read_text())
     assert recipe["compress_stage"]["cur_modifiers"]["CURModifier"] == CUR
     assert "torch" in json.loads(artifact(run, "environment.json").read_text())
-    for figure in ("spectra.png", "rank_map.png", "angular_distance.png"):
+    for figure in ("spectra.png", "rank_map.png", "relative_error_map.png", "angular_distance.png"):
         assert artifact(run, figure).read_bytes().startswith(b"\x89PNG")
 
 
@@ -65,7 +65,7 @@ def test_the_report_is_one_page(tiny: Any, compress: Compress, tmp_path: Path) -
     page = artifact(run, "report.html").read_text()
     assert (tmp_path / "out" / "report.html").read_text() == page
     assert run.info.run_id in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)
     assert "mlp.gate_proj" in page and "loss.cur_u" in page
     assert "fixed: 32" in page and metadata.version("torch") in page

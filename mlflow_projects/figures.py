@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 BLUE, GREY = "#0072B2", "#999999"  # Okabe and Ito's palette
-_PALETTE = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PALETTE = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def before_after(after: Sequence[Any], before: Sequence[Any]) -> Figure:
@@ -67,7 +67,7 @@ def pareto(done: Sequence[Any], front: Sequence[Any]) -> Figure:
     """
     shapes = dict(zip(("dense", "id", "cur"), "so^", strict=True))
     quantizations = sorted({d.point.quantization for d in done})
-    colours = dict(zip(quantizations, _PALETTE, strict=False))
+    colours = dict(zip(quantizations, PALETTE, strict=False))
     figure = Figure(figsize=(7.4, 4.8), layout="constrained")
     axes = figure.subplots()
     axes.step(

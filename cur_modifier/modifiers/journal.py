@@ -25,7 +25,13 @@ from cur_modifier.modifiers.report import (
     summarize,
 )
 from cur_modifier.tracking import Page, Tracker, start_tracking
-from cur_modifier.tracking.figures import layer_costs, rank_map, refinement_curves, spectra
+from cur_modifier.tracking.figures import (
+    layer_costs,
+    rank_map,
+    refinement_curves,
+    relative_error_map,
+    spectra,
+)
 
 __all__ = ["Journal"]
 
@@ -149,6 +155,9 @@ class Journal:
         ranks = {r.name: r.rank for r in records if r.rank is not None}
         if ranks:
             self._figure(lambda: rank_map(ranks), "rank_map.png")
+        errors = {r.name: r.relative_error for r in records if r.relative_error is not None}
+        if errors:
+            self._figure(lambda: relative_error_map(errors), "relative_error_map.png")
         if self._spectra:
             self._figure(lambda: spectra(self._spectra), "spectra.png")
         if self._refined:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,14 +79,40 @@ def rank_map(ranks: Mapping[str, int]) -> Figure:
     Args:
         ranks: name of each factored module to its rank.
     """
+    return _module_map(
+        ranks, "Chosen rank of each factored module", "rank", "{:.0f}".format, _whole_numbers()
+    )
+
+
+def relative_error_map(errors: Mapping[str, float]) -> Figure:
+    """Relative error by layer and projection, in percent; laid out as :func:`rank_map`.
+
+    Args:
+        errors: name of each factored module to ``‖(W − Ŵ) N‖ ÷ ‖W N‖``, in the norm of its fit.
+    """
+    return _module_map(
+        {name: 100 * error for name, error in errors.items() if math.isfinite(error)},
+        "Relative error of each factored module, in the norm of the fit",
+        "relative error (%)",
+        lambda percent: f"{percent:.1f}" if percent < 9.95 else f"{percent:.0f}",
+    )
+
+
+def _module_map(
+    values: Mapping[str, float],
+    title: str,
+    label: str,
+    written: Callable[[float], str],
+    ticks: Any = None,
+) -> Figure:
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    cells: dict[tuple[str, int | None], list[int]] = defaultdict(list)
-    for name, rank in ranks.items():
+    cells: dict[tuple[str, int | None], list[float]] = defaultdict(list)
+    for name, value in values.items():
         layer, projection = _place(name)
-        cells[projection, layer].append(rank)
+        cells[projection, layer].append(value)
     if not cells:
         return _empty("no factored modules")
 
@@ -115,10 +141,12 @@ def rank_map(ranks: Mapping[str, int]) -> Figure:
     shown = [i for i, layer in enumerate(layers) if layer is None or i % step == 0]
     labels = ["none" if layers[i] is None else str(layers[i]) for i in shown]
     axes.set_xticks(shown, labels, fontsize=8)
-    axes.set(xlabel="layer", title="Chosen rank of each factored module")
+    axes.set(xlabel="layer", title=title)
     if table.size <= _MAX_ANNOTATED_CELLS:
-        _write_cells(axes, table)
-    figure.colorbar(image, ax=axes, label="rank", pad=0.01).locator = _whole_numbers()
+        _write_cells(axes, table, written)
+    bar = figure.colorbar(image, ax=axes, label=label, pad=0.01)
+    if ticks is not None:
+        bar.locator = ticks
     if np.isnan(table).any():
         dense = Patch(
             facecolor="white", hatch="////", edgecolor=_GREY, label="dense (not factored)"
@@ -265,16 +293,16 @@ def _separate_cells(axes: Axes, rows: int, columns: int) -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def _write_cells(axes: Axes, table: Any) -> None:
+def _write_cells(axes: Axes, table: Any, written: Callable[[float], str]) -> None:
     import numpy as np
 
     middle = (np.nanmin(table) + np.nanmax(table)) / 2
-    for (row, column), rank in np.ndenumerate(table):
-        if not math.isnan(rank):
-            # The colour map is reversed: large ranks are dark.
-            colour = "white" if rank > middle else "black"
+    for (row, column), value in np.ndenumerate(table):
+        if not math.isnan(value):
+            # The colour map is reversed: large values are dark.
+            colour = "white" if value > middle else "black"
             axes.text(
-                column, row, f"{rank:.0f}", ha="center", va="center", color=colour, fontsize=7
+                column, row, written(value), ha="center", va="center", color=colour, fontsize=7
             )
 
 

@@ -68,6 +68,15 @@ def test_rank_map_places_and_writes_the_ranks():
     render(figure)
 
 
+def test_relative_errors_are_written_in_percent():
+    errors = {"layers.0.q_proj": 0.0312, "layers.1.q_proj": 0.456, "layers.2.q_proj": math.nan}
+    figure = figures.relative_error_map(errors)
+    assert [text.get_text() for text in panels(figure)[0].texts] == ["3.1", "46"]
+    assert any(axes.get_ylabel() == "relative error (%)" for axes in figure.axes)
+    render(figure)
+    render(figures.relative_error_map({}))
+
+
 def test_large_rank_maps_have_no_numbers_and_experts_share_a_cell():
     figure = figures.rank_map({name: 64 for name in names(range(80))})
     assert not panels(figure)[0].texts
