@@ -2,20 +2,14 @@
 
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-import requests
 from loguru import logger
+from mlflow_ui import MlflowServer
 
 import cur_modifier
-
-SERVER_START_S = 120
 
 
 @pytest.fixture(scope="session")
@@ -58,50 +52,11 @@ def store(mlflow, clean_mlflow, empty_database, tmp_path):
     return mlflow.MlflowClient()
 
 
-class Server:
-    """An ``mlflow server`` on a free loopback port, on its own database."""
-
-    def __init__(self, database: Path, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{port}"
-        self._log = folder / "server.log"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
-                    *("--host", "127.0.0.1", "--port", str(port)),
-                    *("--backend-store-uri", f"sqlite:///{shutil.copy(database, folder)}"),
-                    *("--artifacts-destination", str(folder / "artifacts")),
-                ],
-                cwd=folder,
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # the server is a process with children
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + SERVER_START_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                requests.get(f"{self.uri}/health", timeout=1).raise_for_status()
-                return
-            except requests.RequestException:
-                time.sleep(0.1)
-        pytest.fail(f"mlflow server did not start:\n{self._log.read_text()}")
-
-    def kill(self) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-
-
 @pytest.fixture(scope="session")
 def servers(empty_database, tmp_path_factory):
     """Two servers, started side by side because each takes ten seconds."""
-    pair = [Server(empty_database, tmp_path_factory.mktemp("server")) for _ in range(2)]
+    folders = [tmp_path_factory.mktemp("server") for _ in range(2)]
+    pair = [MlflowServer(f"sqlite:///{shutil.copy(empty_database, f)}", f) for f in folders]
     try:
         for server in pair:
             server.wait()
