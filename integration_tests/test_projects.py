@@ -11,6 +11,7 @@ import mlflow
 import pytest
 import yaml
 from mlflow import MlflowClient
+from small_disk import small_disk
 from support import REPOSITORY, load_script, refusal, run_project
 from transformers import AutoModelForCausalLM
 
@@ -67,6 +68,22 @@ def test_compress_that_fails_registers_nothing(
     assert [run.info.status for run in client.search_runs(["0"])] == ["FAILED"]
     assert not client.search_logged_models(["0"])
     assert not (tmp_path / "out").exists()
+
+
+def test_compress_on_a_full_disk_leaves_nothing(
+    bench_model: Path, text: Path, tmp_path: Path
+) -> None:
+    store = f"sqlite:///{tmp_path / 'store.db'}"
+    with small_disk(tmp_path) as disk:
+        wanted = {"model": bench_model, "recipe": "id", "data": text, "output": disk / "out"}
+        sizes = {"samples": 4, "sequence_length": 64, "dtype": "float32"}
+        done = run_project("compress", store, **wanted, **sizes)
+        assert done.returncode != 0 and "No space left on device" in done.stderr
+        assert not list(disk.iterdir())
+    client = MlflowClient(tracking_uri=store)
+    [run] = client.search_runs(["0"])
+    assert run.info.status == "FAILED"
+    assert not client.search_logged_models(["0"])
 
 
 @pytest.mark.parametrize(

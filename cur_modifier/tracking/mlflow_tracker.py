@@ -128,7 +128,7 @@ class MlflowTracker(Tracker):
         **kwargs: P.kwargs,
     ) -> None:
         job = functools.partial(send, self._client, self.run_id, *args, **kwargs)
-        self._recording.submit(what, job)
+        self._recording.submit(what, job, artifact=send in (_send_file, _send_table))
 
 
 # What follows runs in the worker's thread. `synchronous` overrules MLFLOW_ENABLE_ASYNC_LOGGING,

@@ -43,16 +43,19 @@ class Recording:
         self._owned = owned
         self._uri = uri
         self._worker = worker
-        self._failed = False
+        self._failed: set[bool] = set()
         self._warned = False
         self._end: Future[None] | None = None
         self._pid = os.getpid()
         atexit.register(self._abandon_at_exit)
 
-    def submit(self, what: str, job: Callable[[], None]) -> None:
-        """Queue ``job``, which records ``what``; after the first failure, or the end, drop it."""
-        if not self._failed and self._end is None:
-            self._worker.submit(partial(self._attempt, what, job))
+    def submit(self, what: str, job: Callable[[], None], *, artifact: bool) -> None:
+        """Queue ``job``, which records ``what``; after the first failure, or the end, drop it.
+
+        Artifacts and entries lie in two stores: where one is full, the other may well go on.
+        """
+        if artifact not in self._failed and self._end is None:
+            self._worker.submit(partial(self._attempt, what, job, artifact))
 
     def close(self, error: str | None) -> None:
         """Queue the end of the run; the second call does nothing."""
@@ -86,13 +89,13 @@ class Recording:
     def _ended_within(self, seconds: float) -> bool:
         return self._end is None or not wait_for([self._end], max(seconds, 0)).not_done
 
-    def _attempt(self, what: str, job: Callable[[], None]) -> None:
-        if self._failed:
+    def _attempt(self, what: str, job: Callable[[], None], artifact: bool) -> None:
+        if artifact in self._failed:
             return
         try:
             job()
         except Exception as error:
-            self._failed = True
+            self._failed.add(artifact)
             self._warn(f"{what}: {error}")
 
     def _close(self, error: str | None) -> None:
@@ -110,8 +113,8 @@ class Recording:
         """One warning for a run: what follows the first failure has the same cause."""
         message = without_passwords(
             f"MLflow: the record of run {self.run_id} at {self._uri} is incomplete: {reason}. The "
-            "compression itself goes on. Check the server; to compress without a record, turn "
-            "MLflow off in the recipe (mlflow: false)."
+            "compression itself goes on. Check the server and its disk; to compress without a "
+            "record, turn MLflow off in the recipe (mlflow: false)."
         )
         logger.log("DEBUG" if self._warned else "WARNING", message)
         self._warned = True

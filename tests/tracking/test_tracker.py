@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from small_disk import small_disk
 
 from cur_modifier.tracking import start_tracking
 
@@ -122,6 +123,19 @@ def test_the_first_failure_warns_once_and_the_run_is_still_ended(store, warnings
     assert "outside" in warnings[0]
     assert tracker.run_id in warnings[0]
     assert store.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_a_full_disk_costs_a_warning_and_no_figure_that_fits(store, warnings, tmp_path):
+    with small_disk(tmp_path) as disk:
+        experiment = store.create_experiment("full", artifact_location=disk.as_uri())
+        mlflow.set_experiment(experiment_id=experiment)
+        tracker = start_tracking()
+        tracker.log_text("x" * 1_000_000, "too_big.txt")
+        tracker.log_metrics({"seconds": 1.0})
+        tracker.finish()
+        assert len(warnings) == 1 and "No space left on device" in warnings[0]
+        run = store.get_run(tracker.run_id)
+        assert run.info.status == "FINISHED" and run.data.metrics == {"seconds": 1.0}
 
 
 def test_the_caller_may_change_what_it_passed(store):
