@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import llmcompressor
 import pytest
+import torch
 import yaml
 from llmcompressor import oneshot
 from llmcompressor.recipe import Recipe
-from support import NO_PROCESSOR, REPOSITORY, Compress
+from safetensors import safe_open
+from support import NO_PROCESSOR, REPOSITORY, W8A8, Compress, load_script, recipe_text
+from transformers import AutoModelForCausalLM
 
 from cur_modifier.factored import FactoredLinear
 
@@ -63,3 +67,34 @@ def test_compress_fixture_runs_recipe_text(tiny: Any, compress: Compress) -> Non
     compress(tiny, {"rank": {"fixed": 16}, "layers": {"select": "last", "count": 2}})
     names = [n for n, m in tiny.named_modules() if isinstance(m, FactoredLinear)]
     assert {name.split(".")[2] for name in names} == {"11", "12"}
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_checkpoints_are_bfloat16_on_every_machine(
+    units: bool,
+    bench_model: Path,
+    bench_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units})
+    run = load_script(REPOSITORY / "recipes" / "run.py")
+    worked_in: list[torch.dtype] = []
+
+    def observed(**given: Any) -> None:
+        worked_in.append(given["model"].dtype)
+        oneshot(**given)
+
+    monkeypatch.setattr(llmcompressor, "oneshot", observed)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_text({"rank": {"fixed": 16}, "layers": {"select": "all"}}, W8A8))
+    text = bench_data / "wikitext2-raw" / "wiki.valid.raw"
+    run.compress(recipe, str(bench_model), text, tmp_path / "out", samples=4, sequence_length=64)
+    assert worked_in == [torch.bfloat16 if units else torch.float32]
+    [file] = (tmp_path / "out").glob("*.safetensors")
+    with safe_open(file, "pt") as tensors:
+        found = {tensors.get_tensor(name).dtype for name in tensors.keys()}  # noqa: SIM118
+    assert torch.float32 not in found and torch.bfloat16 in found
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype is torch.bfloat16
+    assert 200 < run.measure(tmp_path / "out", str(text), windows=2, sequence_length=64) < 400

@@ -59,9 +59,8 @@ def main() -> None:
     """Dense, then each recipe without and with its quantization stage, then one of them served."""
     started = time.perf_counter()
     check_serving()
-    import torch
     import yaml
-    from run import compress, save_dense, weight_bytes
+    from run import compress, save_dense, weight_bytes, working_dtype
     from smollm2 import smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -81,7 +80,7 @@ def main() -> None:
     answers: dict[str, list[str]] = {}
 
     def measure(label: str, directory: str | Path, seconds: float | None) -> float:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=working_dtype("bfloat16"))
         counted = parameter_count(model) if seconds is None else parameters[label]
         value = perplexity(model, windows).perplexity
         rows.append(Row(label, weight_bytes(directory) / 1e6, counted, value, seconds))
@@ -220,9 +219,9 @@ def print_table(rows: list[Row]) -> None:
         seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
         print(f"{row.model:<18} {size:>16} {count:>20} {row.perplexity:>11.2f} {seconds:>8}")
     print(
-        f"Perplexity on {WINDOWS} windows of {WINDOW} tokens of held-out Python reference text, "
-        f"bfloat16;\ncalibrated on {SAMPLES} windows of {SEQUENCE_LENGTH}. The embedding (28.3 M "
-        "parameters) stays bfloat16."
+        f"Perplexity on {WINDOWS} windows of {WINDOW} tokens of held-out Python reference text; "
+        f"calibrated\non {SAMPLES} windows of {SEQUENCE_LENGTH}. The embedding (28.3 M parameters) "
+        "stays bfloat16."
     )
 
 

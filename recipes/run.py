@@ -15,7 +15,10 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
@@ -70,7 +73,10 @@ def compress(
     sequence_length: int,
     dtype: str = "bfloat16",
 ) -> float:
-    """Calibrate, compress and save; returns the seconds that ``oneshot`` took."""
+    """Calibrate, compress and save; returns the seconds that ``oneshot`` took.
+
+    ``dtype`` is that of the checkpoint; see :func:`working_dtype` for that of the work.
+    """
     import torch
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,13 +88,24 @@ def compress(
     dataset = calibration_dataset(
         calibrate, tokenizer, samples=samples, sequence_length=sequence_length
     )
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=working_dtype(dtype))
     started = time.perf_counter()
     oneshot(model=model, dataset=dataset, recipe=str(recipe))
     seconds = time.perf_counter() - started
-    model.save_pretrained(output, save_compressed=True)
+    model.to(getattr(torch, dtype)).save_pretrained(output, save_compressed=True)
     tokenizer.save_pretrained(output)
     return seconds
+
+
+def working_dtype(dtype: str) -> torch.dtype:
+    """``dtype``, or float32 where the device emulates bfloat16 at a fraction of its speed."""
+    import torch
+
+    from cur_modifier.precision import has_bfloat16_units
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    emulated = dtype == "bfloat16" and not has_bfloat16_units(device)
+    return torch.float32 if emulated else getattr(torch, dtype)
 
 
 def save_dense(model_name: str, target: Path, *, dtype: str = "bfloat16") -> None:
