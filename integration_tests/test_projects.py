@@ -133,7 +133,7 @@ def documented(kind: str) -> list[str]:
 def test_what_is_logged_is_what_the_table_says(
     bench_model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Every metric and artifact of a stage with healing, compress, evaluate and sweep is in it, and
+    """Every metric and artifact of a stage with healing and of four projects is in the table, and
     `mlflow.search_runs` finds every metric that it names."""
     store = f"sqlite:///{tmp_path / 'store.db'}"
     for name, more in {"angular": {"refine": {"epochs": 1}}, "sensitivity": {}}.items():
@@ -160,11 +160,15 @@ def test_what_is_logged_is_what_the_table_says(
     given |= {"quantizations": "none", "sequence_length": 64, "windows": 2, "window_length": 64}
     done = run_project("sweep", store, **given, output=tmp_path / "sweep")
     assert done.returncode == 0, done.stderr[-4000:]
+    given = {"shapes": "12x12", "rank": 4, "methods": "id optimal"}
+    done = run_project("bench/factorize", store, **given, output=tmp_path / "factorize.json")
+    assert done.returncode == 0, done.stderr[-4000:]
 
     mlflow.set_tracking_uri(store)
     found = mlflow.search_runs(["0"])
     metrics = {c.removeprefix("metrics.") for c in found if c.startswith("metrics.")}
     places = {"TEXT": "text", "TASK": "piqa", "METRIC": "acc", "NAME": "perplexity/text"}
+    places |= {"SHAPE": "12x12", "METHOD": "id optimal"}
     named = set()
     for name in documented("metric"):
         for place, value in places.items():
