@@ -17,7 +17,15 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from mlflow import MlflowClient
 from served import Answers, by_transformers, result, serve_quietly, served, side_by_side
-from support import ID, REPOSITORY, ROUND_TO_NEAREST, W8A8, recipe_text, run_project
+from support import (
+    ID,
+    REPOSITORY,
+    ROUND_TO_NEAREST,
+    W8A8,
+    load_script,
+    recipe_text,
+    run_project,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cur_modifier.data import calibration_dataset
@@ -32,16 +40,16 @@ CUR_TEN = {"rank": {"max": 256}, "multiple_of": 32, "layers": TEN}
 ID_TEN = {**ID, "layers": TEN}
 DENSE_W8A8 = {"QuantizationModifier": {**W8A8["QuantizationModifier"], "targets": ["Linear"]}}
 
-# Recipes, and the dtype to compress in: exact figures need the float32 that is stored.
-CHECKPOINTS: dict[str, tuple[str, torch.dtype]] = {
-    "cur": (recipe_text(CUR_ALL), torch.float32),
-    "id": (recipe_text(ID_ALL), torch.float32),
-    "cur-w4a16": (recipe_text(CUR_TEN, ROUND_TO_NEAREST), torch.bfloat16),
-    "id-w4a16": (recipe_text(ID_TEN, ROUND_TO_NEAREST), torch.bfloat16),
-    "cur-w8a8": (recipe_text(CUR_TEN, W8A8), torch.bfloat16),
+# Recipes, and the dtype of the checkpoint: exact figures need the float32 that is stored.
+CHECKPOINTS: dict[str, tuple[str, str]] = {
+    "cur": (recipe_text(CUR_ALL), "float32"),
+    "id": (recipe_text(ID_ALL), "float32"),
+    "cur-w4a16": (recipe_text(CUR_TEN, ROUND_TO_NEAREST), "bfloat16"),
+    "id-w4a16": (recipe_text(ID_TEN, ROUND_TO_NEAREST), "bfloat16"),
+    "cur-w8a8": (recipe_text(CUR_TEN, W8A8), "bfloat16"),
     "dense-w8a8": (
         yaml.safe_dump({"compress_stage": {"quantization_modifiers": DENSE_W8A8}}),
-        torch.bfloat16,
+        "bfloat16",
     ),
 }
 EAGER = ("--enforce-eager",)
@@ -79,12 +87,13 @@ def checkpoints(
     """The dense model and what the recipes make of it."""
     folder = tmp_path_factory.mktemp("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    working_dtype = load_script(REPOSITORY / "recipes" / "run.py").working_dtype
     paths = {"dense": smollm2}
     for name, (recipe, dtype) in CHECKPOINTS.items():
-        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=working_dtype(dtype))
         oneshot(model=model, dataset=data, recipe=recipe)
         paths[name] = folder / name
-        model.save_pretrained(paths[name], save_compressed=True)
+        model.to(getattr(torch, dtype)).save_pretrained(paths[name], save_compressed=True)
         tokenizer.save_pretrained(paths[name])
     return paths
 
