@@ -65,12 +65,13 @@ def test_an_experiment_is_a_section(
         assert json.loads((out / "curing.json").read_text()) == held
         other = run_project("reproduce", store, entry_point=experiment, **{**given, "windows": 1})
         assert other.returncode != 0 and "measured with another windows" in other.stderr
+        note = "# Results\n\nOn the machine in the corner."
+        (out / "RESULTS.md").write_text(results.replace("# Results", note, 1))
         weights = run_project("reproduce", store, entry_point="weights", **given)
         assert weights.returncode == 0, weights.stderr[-4000:]
-        assert re.findall(r"^## (\w+)", (out / "RESULTS.md").read_text(), re.MULTILINE) == [
-            "curing",
-            "weights",
-        ]
+        results = (out / "RESULTS.md").read_text()
+        assert results.startswith(f"{note}\n\n## curing\n")
+        assert re.findall(r"^## (\w+)", results, re.MULTILINE) == ["curing", "weights"]
         assert (out / "decay.png").exists() and (out / "structure.png").exists()
 
 

@@ -331,14 +331,17 @@ def _cell(value: Any) -> str:
 
 
 def _put_section(file: Path, name: str, section: str) -> None:
-    """Replace the section ``name``, or add it; sections stand in the order of ``NAMES``."""
+    """Replace the section ``name``, or add it; sections stand in the order of ``NAMES``.
+
+    What stands above the first section stays.
+    """
     held = {}
-    if file.exists():
-        for part in file.read_text().split("\n## ")[1:]:
-            held[part.partition("\n")[0].strip()] = f"## {part.strip()}\n"
+    head, *parts = file.read_text().split("\n## ") if file.exists() else ["# Results"]
+    for part in parts:
+        held[part.partition("\n")[0].strip()] = f"## {part.strip()}\n"
     held[name] = section
     body = "\n".join(held[key].rstrip() + "\n" for key in NAMES if key in held)
-    _write(file, f"# Results\n\n{body}")
+    _write(file, f"{head.rstrip()}\n\n{body}")
 
 
 if __name__ == "__main__":
