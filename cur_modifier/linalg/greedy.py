@@ -11,7 +11,7 @@ __all__ = ["greedy"]
 
 # Gains are updated from step to step, and computed anew before rounding matters: after so many
 # steps, or where all have become so small beside what they were.
-_AFRESH_STEPS, _AFRESH_FALL = 32, 1e-6
+_AFRESH_STEPS, _AFRESH_FALL = 256, 1e-6
 
 
 def greedy(A: torch.Tensor, count: int, metric: torch.Tensor | None = None) -> torch.Tensor:
@@ -25,7 +25,7 @@ def greedy(A: torch.Tensor, count: int, metric: torch.Tensor | None = None) -> t
         metric: ``M (m, m)``, positive semi-definite, or its diagonal ``(m,)``; the identity
             without.
 
-    Cost: ``8 m n`` flops a row, ``2 m²`` with a full metric, and every 32 rows the less of
+    Cost: ``8 m n`` flops a row, ``2 m²`` with a full metric, and every 256 rows the less of
     ``4 m n²`` and ``2 m² n``, with a full metric of ``2 m n (m + 2 n)`` and ``2 m² (m + n)``;
     float64.
 
