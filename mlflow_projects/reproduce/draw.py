@@ -7,31 +7,42 @@ from typing import Any
 
 from figures import BLUE, GREY
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 ORANGE = "#D55E00"
 MAP_CELLS = 64  # a side of a weight's map
 
 
-def bars(rows: Sequence[Mapping[str, Any]], label: str, texts: Sequence[str]) -> Figure:
-    """Perplexity by case, a panel a text, on a log scale; the dense model as a line."""
+def lollipops(rows: Sequence[Mapping[str, Any]], label: str, texts: Sequence[str]) -> Figure:
+    """Perplexity by case, a panel a text, on a log scale, as far from the dense model's line."""
     dense, *others = rows
     figure = Figure(figsize=(4.6 * len(texts), 1.4 + 0.38 * len(others)), layout="constrained")
     grid = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
     for axes, text in zip(grid, texts, strict=True):
-        values = [row[f"perplexity {text}"] for row in others]
-        drawn = axes.barh(range(len(others)), values, color=BLUE, height=0.65)
-        axes.bar_label(drawn, fmt="%.4g", padding=3, fontsize=8)
-        axes.axvline(dense[f"perplexity {text}"], color="black", linestyle="--", label="dense")
+        level = dense[f"perplexity {text}"]
+        axes.axvline(level, color="black", linestyle="--", label="dense")
+        for height, row in enumerate(others):
+            value = row[f"perplexity {text}"]
+            axes.plot([level, value], [height, height], color=BLUE, linewidth=2)
+            axes.plot(value, height, "o", color=BLUE)
+            axes.annotate(
+                f"{value:.4g}",
+                (value, height),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
         axes.set(xscale="log", xlabel=f"perplexity, {text}")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.2)
         axes.set_yticks(range(len(others)), [str(row[label]) for row in others])
-        axes.grid(axis="x", which="both", alpha=0.25)
+        axes.grid(axis="x", alpha=0.25)
     grid[0].set_ylabel(label)
-    grid[0].invert_yaxis()
-    grid[-1].legend(fontsize=8, loc="lower right")
+    grid[0].set_ylim(len(others) - 0.5, -0.5)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", fontsize=8)
     return figure
 
 

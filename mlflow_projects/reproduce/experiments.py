@@ -205,13 +205,13 @@ EXPERIMENTS = {
     "curing": Experiment(
         "CURing as published, without healing: what do 2, 5 and 10 layers cost?",
         _curing,
-        lambda rows: draw.bars(rows, "layers", ("wikitext", "c4")),
+        lambda rows: draw.lollipops(rows, "layers", ("wikitext", "c4")),
         _curing_found,
     ),
     "selection": Experiment(
         "Which rows and columns: does DEIM on WANDA scores choose best?",
         _selection,
-        lambda rows: draw.bars(rows, "selection", ("wikitext", "c4")),
+        lambda rows: draw.lollipops(rows, "selection", ("wikitext", "c4")),
         _selection_found,
     ),
     "rank": Experiment(
