@@ -32,6 +32,14 @@ __all__ = ["MlflowServer", "browser", "chromium", "open_comparison", "open_figur
 
 START_S = 120
 PAGE_MS = 60_000  # MLflow's pages load several megabytes of scripts
+# The metrics are two boxes, of names and of values, that show six rows and scroll each by itself.
+SHOW_ALL_ROWS = """() => {
+  for (const box of document.querySelectorAll("div"))
+    if (100 < box.clientHeight && box.clientHeight < 500 && box.clientHeight < box.scrollHeight) {
+      box.style.maxHeight = "none";
+      box.style.height = "auto";
+    }
+}"""
 FIGURES = ("spectra.png", "rank_map.png", "relative_error_map.png")
 
 
@@ -165,11 +173,16 @@ def main() -> None:
 def photograph(server: str, runs: Sequence[Any], output: Path) -> None:
     """``compare.png`` of all ``runs``, ``run.png`` of the first one's artifacts."""
     newest = runs[0].info
-    with browser() as page:
+    with browser(height=1340) as page:
         open_comparison(page, server, newest.experiment_id, [run.info.run_id for run in runs])
-        page.screenshot(path=output / "compare.png")
+        for button in ("Close", "Visualizations", "Parameters"):  # the assistant, and long sections
+            page.get_by_role("button", name=button, exact=True).first.click()
+        page.evaluate(SHOW_ALL_ROWS)
+        page.mouse.move(0, 0)
+        page.screenshot(path=output / "compare.png", animations="disabled")
+        page.set_viewport_size({"width": 1400, "height": 520})
         open_figure(page, server, newest.experiment_id, newest.run_id, FIGURES[-1])
-        page.screenshot(path=output / "run.png")
+        page.screenshot(path=output / "run.png", animations="disabled")
     print(f"In {output}: compare.png, run.png")
 
 
