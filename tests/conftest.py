@@ -1,6 +1,7 @@
 """Hypothesis draws the same examples on every run: a failure is a defect, never a flicker."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,3 +18,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_llama() -> Callable[..., Any]:
+    """``small_llama(seed, **fields)``: a Llama of random weights with grouped-query attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(seed: int, **fields: Any) -> Any:
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=24,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **fields,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    return make

@@ -125,7 +125,7 @@ def serve(
     Raises:
         ServerError: no answer in time, or the server ended first.
     """
-    port = _free_port()
+    port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(vllm_program()), "serve", str(model), "--port", str(port), *arguments],
@@ -179,7 +179,7 @@ def stop(process: subprocess.Popen[bytes], *, patience: float = 30) -> bool:
     return by_itself
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -2,12 +2,13 @@
 
     python mlflow_projects/bench/stacking.py --ratios 0.9,0.8 --bits 8,4,3,2
 
-Each point is a recipe run by ``recipes/run.py``: compressed in bfloat16, saved, and the checkpoint
-loaded with ``from_pretrained`` in float32 for its perplexity. SmolLM2-135M-Instruct, calibrated on
-the first 64 windows of 1024 tokens of WikiText-2's validation text, evaluated on the first 24 of
-its test text. *Bytes* are those of the safetensors files: factors or weights, scales, and the
-embedding in bfloat16 (57 MB, in every point). GPTQ alone takes groups of 64, the largest that
-divide every width; in factored models groups divide the ranks, and are 32.
+Each point is a recipe run by ``recipes/run.py``: compressed in bfloat16 (in float32 where that is
+emulated), saved in bfloat16, and the checkpoint loaded with ``from_pretrained`` in float32 for its
+perplexity. SmolLM2-135M-Instruct, calibrated on the first 64 windows of 1024 tokens of WikiText-2's
+validation text, evaluated on the first 24 of its test text. *Bytes* are those of the safetensors
+files: factors or weights, scales, and the embedding in bfloat16 (57 MB, in every point). GPTQ alone
+takes groups of 64, the largest that divide every width; in factored models groups divide the
+ranks, and are 32.
 
 A point that exists is kept, so an interrupted run continues. The recipe and the log of every point
 stay beside the results.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from quality.baselines import Factored, Inputs, asvd, curing, pair_rank, svd, svd_llm, svd_llm_id
 from quality.mpifa import SHRINKAGE, mpifa, reconstruct
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cur_modifier.linalg import Form, gram_norm, ratio_rank, shrunk, stored_parameters
 
@@ -124,18 +124,10 @@ def test_mpifa_solves_one_factor_after_the_other_on_the_compressed_stream() -> N
     torch.testing.assert_close(reconstruct(W, gram, drift, rank), left @ right)
 
 
-def test_mpifa_sees_what_the_layers_before_it_have_become() -> None:
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).double().eval()
+def test_mpifa_sees_what_the_layers_before_it_have_become(
+    small_llama: Callable[..., nn.Module],
+) -> None:
+    model = small_llama(5, num_hidden_layers=3, initializer_range=0.3).double()
     windows = torch.randint(0, 64, (8, 16))
     dense, wanted = deepcopy(model), deepcopy(model)
     for names in groups_in_order(wanted):

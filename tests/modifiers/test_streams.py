@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cur_modifier.factored import FactoredLinear, InterpolativeLinear
 from cur_modifier.linalg import interpolative
@@ -23,17 +22,8 @@ BATCHES = 3
 
 
 @pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
+def model(small_llama: Callable[..., nn.Module]) -> nn.Module:
+    return small_llama(0, num_hidden_layers=2)
 
 
 def factor_in_place(model: nn.Module) -> dict[str, FactoredLinear]:

@@ -17,14 +17,10 @@ fewer where they take long.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # run as a folder: let its modules find each other by the package's name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -32,6 +28,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from arguments import check_output, count, names
+from quality.results import Row, put_figure, put_rows
 from threadpoolctl import threadpool_limits
 
 from cur_modifier.linalg import gram_norm
@@ -41,8 +38,6 @@ from factorize.report import HEADER, line, log_run, plot
 PROJECT = Path(__file__).resolve().parent
 LLAMA_8B = "4096x4096,1024x4096,14336x4096,4096x14336"  # q and o, k and v, gate and up, down
 REPEAT_SECONDS = 20.0  # no further repeat of a method that has taken this long
-
-Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,9 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     with threadpool_limits(options.threads):  # SciPy's
         for shape in options.shapes:
             rows += compare(shape, options)
-    write_json(rows, options.output)
+    put_rows(options.output, rows)
     figure = options.output.with_suffix(".png")
-    plot(rows).savefig(figure, dpi=120)
+    put_figure(figure, plot(rows))
     if not options.no_mlflow:
         log_run(rows, options.output, figure)
     print(f"In {options.output} and {figure}")
@@ -140,14 +135,6 @@ def measure(name: str, W: torch.Tensor, mean_square: torch.Tensor, rank: int, re
         "activation_error": gram_norm(error, mean_square) / gram_norm(W, mean_square),
         "threads": torch.get_num_threads(),
     }
-
-
-def write_json(rows: list[Row], path: Path) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(rows, file, indent=2)
-    os.replace(file.name, path)
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:

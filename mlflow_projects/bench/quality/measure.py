@@ -67,7 +67,8 @@ def measure(job: Job) -> Row:
     """Compress and evaluate.
 
     ``seconds`` and ``peak_rss_bytes`` are taken after compression and before evaluation; the peak
-    includes the dense model in float32. Evaluation is in float32, of held-out text in bfloat16.
+    includes the dense model in float32. Evaluation is in float32, of held-out text in
+    bfloat16 where the device has units for it.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

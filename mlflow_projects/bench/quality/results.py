@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "format_tables", "key", "put_figure", "put_row", "read_rows"]
+__all__ = ["Row", "format_tables", "key", "put_figure", "put_row", "put_rows", "read_rows"]
 
 Row = dict[str, Any]
 
@@ -44,11 +44,15 @@ def read_rows(path: Path, key: Callable[[Row], object] = key) -> list[Row]:
 
 
 def put_row(path: Path, row: Row, key: Callable[[Row], object] = key) -> None:
-    """Add a row in place of an earlier one that measured the same.
+    """Add a row in place of an earlier one that measured the same."""
+    put_rows(path, [other for other in read_rows(path, key) if key(other) != key(row)] + [row])
 
-    Written under a temporary name and renamed: an interrupted run leaves the file as it was.
+
+def put_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write all rows.
+
+    Under a temporary name, and renamed: an interrupted run leaves the file as it was.
     """
-    rows = [other for other in read_rows(path, key) if key(other) != key(row)] + [row]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(rows, indent=2) + "\n")
