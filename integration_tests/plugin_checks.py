@@ -25,6 +25,11 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor import parameter
+from vllm.model_executor.kernels.linear import (
+    CPUInt8ScaledMMLinearKernel,
+    CPUWNA16LinearKernel,
+    Int8ScaledMMLinearLayerConfig,
+)
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -42,7 +47,7 @@ from vllm.model_executor.layers.quantization import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from cur_modifier.layout import Layout, LayoutError, ModuleLayout
-from cur_modifier.vllm import register
+from cur_modifier.vllm import kernels, register
 from cur_modifier.vllm.config import CURQuantizationConfig
 
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -653,6 +658,53 @@ def second_stages_that_are_quantized_differently() -> None:
         assert [chain[0].output_size for chain in layer.stages[0].second] == stages
         error = (got - wanted).norm() / wanted.norm()
         assert error < 0.03, (schemes, error)
+
+
+@check
+def unpacked_weights_stand_in_for_kernels() -> None:
+    """On every CPU, not only where vLLM's own cannot run."""
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(9)).bfloat16().float()
+    direct = {"q_proj": 8, "k_proj": 16, "v_proj": 8}
+    theirs = {
+        "W4A16": CPUWNA16LinearKernel,
+        "W4A16_ASYM": CPUWNA16LinearKernel,
+        "W8A8": CPUInt8ScaledMMLinearKernel,
+    }
+    for scheme, kernel in theirs.items():
+        with mock.patch.dict(os.environ, {"VLLM_DISABLED_KERNELS": "Another"}):
+            kernels.disable([kernel.__name__])
+            kernels.disable([kernel.__name__])
+            assert os.environ["VLLM_DISABLED_KERNELS"] == f"Another,{kernel.__name__}"
+            got, wanted, layer = quantized(dict.fromkeys(QKV, scheme), direct, x)
+        chosen = layer.stages[0].first.scheme.kernel
+        assert isinstance(chosen, kernels.UnpackedInt8Kernel | kernels.UnpackedWNA16Kernel)
+        error = (got - wanted).norm() / wanted.norm()
+        assert error < (0.03 if scheme == "W8A8" else 0.01), (scheme, error)
+
+
+@check
+def inputs_with_a_zero_point() -> None:
+    """8-bit inputs by every way that compressed-tensors has to round them."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(5, 64, generator=generator) + 1
+    integers = torch.randint(-127, 128, (32, 64), generator=generator, dtype=torch.int8)
+    scale = torch.rand(32, 1, generator=generator) / 100
+    for static, symmetric in itertools.product((False, True), repeat=2):
+        layer = torch.nn.Module()
+        layer.params_dtype = torch.float32
+        layer.weight = torch.nn.Parameter(integers, requires_grad=False)
+        layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+        layer.input_scale = torch.tensor([2 / 127 if symmetric else 2 / 255]) if static else None
+        asymmetric = static and not symmetric
+        layer.input_zero_point = torch.tensor([-128], dtype=torch.int8) if asymmetric else None
+        kernel = kernels.UnpackedInt8Kernel(
+            Int8ScaledMMLinearLayerConfig(static, True, symmetric),
+            ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"],
+        )
+        kernel.process_weights_after_loading(layer)
+        wanted = x @ (integers * scale).T
+        error = (kernel.apply_weights(layer, x) - wanted).norm() / wanted.norm()
+        assert error < 0.01, (static, symmetric, error)
 
 
 @check

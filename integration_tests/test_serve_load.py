@@ -22,7 +22,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from openai import APIStatusError, AsyncOpenAI
 from scipy import stats
-from served import ONE_THREAD, vllm_server
+from served import FAST_DTYPE, ONE_THREAD, vllm_server
 from support import CUR, ROUND_TO_NEAREST, recipe_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -199,7 +199,7 @@ def loaded(model: Path, requests: list[Request], rounds: int, log: Path) -> Load
     """Serve ``model`` and send it ``requests``, ``rounds`` times."""
     load = Load(log)
     arguments = ["--served-model-name", MODEL, "--max-model-len", str(MAX_LENGTH)]
-    arguments += ["--enforce-eager", "--dtype", "bfloat16"]
+    arguments += ["--enforce-eager", "--dtype", FAST_DTYPE]
     with vllm_server.serve(model, *arguments, log=log, environment=ONE_THREAD) as server:
         for _ in range(rounds):
             started = time.monotonic()

@@ -16,7 +16,15 @@ import yaml
 from datasets import Dataset
 from llmcompressor import oneshot
 from mlflow import MlflowClient
-from served import Answers, by_transformers, result, serve_quietly, served, side_by_side
+from served import (
+    FAST_DTYPE,
+    Answers,
+    by_transformers,
+    result,
+    serve_quietly,
+    served,
+    side_by_side,
+)
 from support import (
     ID,
     REPOSITORY,
@@ -213,9 +221,9 @@ def test_lm_eval_agrees(checkpoints: dict[str, Path], tmp_path: Path) -> None:
         [run] = MlflowClient(tracking_uri=store).search_runs(["0"])
         return run.data.metrics
 
-    with serve_quietly(path, tmp_path / "vllm.log", *EAGER, dtype="bfloat16") as server:
+    with serve_quietly(path, tmp_path / "vllm.log", *EAGER, dtype=FAST_DTYPE) as server:
         found = accuracies("vllm", backend=server.url)
-    wanted = accuracies("transformers", dtype="bfloat16")
+    wanted = accuracies("transformers", dtype=FAST_DTYPE)
     print(f"vLLM {found}\ntransformers {wanted}")
     for measure in ("arc_easy/acc", "arc_easy/acc_norm"):
         assert abs(found[measure] - wanted[measure]) <= wanted[f"{measure}_stderr"]

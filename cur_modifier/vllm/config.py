@@ -139,8 +139,11 @@ class CURQuantizationConfig(QuantizationConfig):
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
+        from cur_modifier.vllm.kernels import stand_in
         from cur_modifier.vllm.linear import FactoredLinearMethod
 
+        if self.inner is not None:
+            stand_in()
         if isinstance(layer, LinearBase):
             names = self._parts(prefix)
             parts = {name: self.modules.get(name) for name in names}
