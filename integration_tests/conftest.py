@@ -15,6 +15,10 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from support import CORES
+
+os.environ.setdefault("OMP_NUM_THREADS", str(CORES))  # for processes that tests start
+
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -33,9 +37,16 @@ import cur_modifier  # noqa: F401 - registers the stage and the quantizer
 from cur_modifier.data import calibration_dataset
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where files run side by side, those that take long first: none is left over for one process
+    at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: "slow" not in item.keywords)  # stable
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(CORES)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,10 @@
-"""What a checkpoint answers, through transformers and through a real ``vllm serve``."""
+"""What a checkpoint answers: through transformers, a real ``vllm serve``, vLLM's engine alone."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import REPOSITORY, load_script
+from support import CORES, REPOSITORY, load_script
 from transformers import AutoModelForCausalLM
 
 from cur_modifier.precision import has_bfloat16_units
@@ -27,6 +29,10 @@ ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+
+class EngineError(Exception):
+    """The engine was not built, or did not answer; its traceback."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +107,47 @@ def served(
         return by_server(server, prompt, steps)
 
 
+def by_engine(
+    paths: Mapping[str, Path], tokenizer: Path, prompt: list[int], steps: int
+) -> dict[str, Answers | EngineError]:
+    """What vLLM's engine answers of each checkpoint in float32, all in one process."""
+    jobs = {
+        name: {
+            "path": str(path),
+            "tokenizer": str(tokenizer),
+            "dtype": "float32",
+            "max_model_len": MAX_LENGTH,
+            "prompt": prompt,
+            "steps": steps,
+        }
+        for name, path in paths.items()
+    }
+    done = subprocess.run(
+        [
+            str(vllm_server.vllm_program().with_name("python")),
+            str(Path(__file__).with_name("engine_answers.py")),
+        ],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        env={**vllm_server.CPU_SETTINGS, **os.environ, **ONE_THREAD},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        name: EngineError(found["error"])
+        if "error" in found
+        else Answers(torch.tensor(found["logprobs"]), found["greedy"])
+        for name, found in json.loads(done.stdout.splitlines()[-1]).items()
+    }
+
+
 def side_by_side(jobs: dict[str, Any]) -> dict[str, Any]:
-    """Results of the jobs by name, as many at a time as there are cores; errors as results.
+    """Results of the jobs by name, as many at a time as this process has cores; errors as results.
 
     Most of a server's start is one process that imports, so two start in little more than the time
     of one.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(CORES) as pool:
         futures = {name: pool.submit(job) for name, job in jobs.items()}
     return {name: future.exception() or future.result() for name, future in futures.items()}
 

@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parent.parent
+# This process's part of the cores: others run other test files (`make test JOBS=`).
+CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 Compress = Callable[..., Any]
 
 

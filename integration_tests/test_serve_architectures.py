@@ -1,15 +1,18 @@
-"""Every architecture that the README lists, factored by our stage, served, compared."""
+"""Every architecture that the README lists, factored by our stage, run by vLLM's engine, compared.
+
+What a server adds to the engine does not depend on the architecture; `test_serve_smollm2.py` has
+real ones.
+"""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from architectures import ARCHITECTURES, CUR, REST, ROW_ID, SHARED, build, factor
 from datasets import Dataset
-from served import Answers, by_transformers, result, served, side_by_side
+from served import Answers, EngineError, by_engine, by_transformers, result
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
@@ -37,22 +40,9 @@ def checkpoints(
 @pytest.fixture(scope="module")
 def answers(
     checkpoints: dict[str, Path], smollm2: Path, random_prompt: list[int]
-) -> dict[str, Answers | BaseException]:
-    """What each is served with, or why it is not."""
-    jobs: dict[str, Any] = {
-        name: partial(
-            served,
-            path,
-            path.with_suffix(".log"),
-            random_prompt,
-            STEPS,
-            "--enforce-eager",
-            "--tokenizer",
-            str(smollm2),
-        )
-        for name, path in checkpoints.items()
-    }
-    return side_by_side(jobs)
+) -> dict[str, Answers | EngineError]:
+    """What each is answered with, or why it is not."""
+    return by_engine(checkpoints, smollm2, random_prompt, STEPS)
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *SHARING])

@@ -15,7 +15,7 @@ import torch
 from architectures import CUR, ROW_ID, build, factor
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from served import serve_quietly, side_by_side, vllm_server
+from served import EngineError, by_engine, serve_quietly, side_by_side, vllm_server
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
@@ -136,6 +136,10 @@ CASES: dict[str, Case] = {
 }
 
 
+# Whole servers: one that reads config.json and ends, one whose worker finds it, several ranks.
+SERVED = ["factor missing", "order is no permutation", *(c for c in CASES if CASES[c][1])]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, random_tokens: Dataset) -> Path:
     """A good one."""
@@ -144,27 +148,50 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, random_tokens: Dataset)
 
 
 @pytest.fixture(scope="module")
-def outcomes(checkpoint: Path, smollm2: Path) -> dict[str, Any]:
-    """What became of each server: the error, or nothing where it ran."""
-
-    def start(case: str) -> None:
-        path = checkpoint.with_name(case.replace(" ", "_"))
+def broken(checkpoint: Path) -> dict[str, Path]:
+    """Each case's checkpoint."""
+    paths = {case: checkpoint.with_name(case.replace(" ", "_")) for case in CASES}
+    for case, path in paths.items():
         shutil.copytree(checkpoint, path)
         for change in CASES[case][0]:
             change(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def refusals(broken: dict[str, Path], smollm2: Path) -> dict[str, Any]:
+    """What became of each engine."""
+    alone = {case: path for case, path in broken.items() if not CASES[case][1]}
+    return by_engine(alone, smollm2, [3, 4], 1)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not CASES[case][1]])
+def test_no_engine_and_the_reason(case: str, refusals: dict[str, Any]) -> None:
+    assert isinstance(refusals[case], EngineError), refusals[case]
+    assert re.search(CASES[case][2], str(refusals[case])), str(refusals[case])[-8000:]
+
+
+@pytest.fixture(scope="module")
+def outcomes(broken: dict[str, Path], smollm2: Path) -> dict[str, Any]:
+    """What became of each server: the error, or nothing where it ran."""
+
+    def start(case: str) -> None:
+        path = broken[case]
         with serve_quietly(
             path, path.with_suffix(".log"), "--tokenizer", str(smollm2), *CASES[case][1]
         ):
             pass
 
-    return side_by_side({case: partial(start, case) for case in CASES})
+    return side_by_side({case: partial(start, case) for case in SERVED})
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_no_server_and_the_reason(case: str, outcomes: dict[str, Any], checkpoint: Path) -> None:
+@pytest.mark.parametrize("case", SERVED)
+def test_no_server_and_the_reason(
+    case: str, outcomes: dict[str, Any], broken: dict[str, Path]
+) -> None:
     error = outcomes[case]
     assert isinstance(error, vllm_server.ServerError), error
     assert "ended with status" in str(error)
     # The reason stands in the log of the process that found it, above those that ended with it.
-    log = checkpoint.with_name(case.replace(" ", "_")).with_suffix(".log").read_text()
+    log = broken[case].with_suffix(".log").read_text()
     assert re.search(CASES[case][2], log), log[-8000:]

@@ -41,13 +41,14 @@ def given(bench_model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_sweep_that_is_cut_off_continues(given: dict[str, Any], tmp_path: Path) -> None:
-    """Killed within its second trial and started again: one study, one parent, nothing twice."""
+    """Killed within its second trial and started again with less to do: one study, one parent,
+    nothing twice, and nothing that was queued and is not asked for any more."""
     store = f"sqlite:///{tmp_path / 'store.db'}"
     given |= {"forms": "dense,id", "ratios": "0.8", "quantizations": "none,rtn8"}
     out: Path = given["output"]
     with (tmp_path / "first.log").open("wb") as log:
         first = subprocess.Popen(
-            project_command("sweep", given),
+            project_command("sweep", given | {"quantizations": "none,rtn8,w8a8"}),
             env=project_environment(store),
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -107,6 +108,7 @@ def test_a_sweep_that_is_cut_off_continues(given: dict[str, Any], tmp_path: Path
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"pareto.png", "trials.csv"} <= artifacts
     assert "★" in done.stdout
+    assert "failed" not in done.stdout
 
     refused = run_project("sweep", store, **{**given, "windows": 1})
     assert refused.returncode != 0

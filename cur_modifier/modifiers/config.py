@@ -162,8 +162,8 @@ class SensitivityConfig(BaseModel):
         damping: share of its mean diagonal that is added to the metric of a module's outputs. The
             curvature is known from few tokens and at the dense model only.
         cache: a file to keep the measurement in. By default it is kept in
-            ``$CUR_MODIFIER_CACHE`` or ``~/.cache/cur_modifier``, under a name made of the weights,
-            the data and these settings.
+            ``$CUR_MODIFIER_CACHE``, ``$XDG_CACHE_HOME/cur_modifier`` or ``~/.cache/cur_modifier``,
+            under a name made of the weights, the data and these settings.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -90,8 +90,8 @@ def load_or_measure(
         samples: how many calibration samples to run backwards.
         seed: of the labels, which are drawn from the model's own distribution: the true Fisher
             information, which asks nothing of the data's labels.
-        cache: a file of the user's own. By default a file in ``$CUR_MODIFIER_CACHE`` or
-            ``~/.cache/cur_modifier``, named by the fingerprint.
+        cache: a file of the user's own. By default a file in :func:`default_cache`, named by the
+            fingerprint.
 
     Cost: forward and backward pass of ``samples`` samples, ``2 m²`` flops a token and module, and
     ``m²`` float32 numbers a module, in bfloat16 on disk.
@@ -112,10 +112,12 @@ def load_or_measure(
 
 
 def default_cache() -> Path:
-    """Where measurements are kept that the user named no file for."""
-    folder = os.environ.get("CUR_MODIFIER_CACHE")
-    root = Path(folder) if folder else Path.home() / ".cache" / "cur_modifier"
-    return root / "sensitivity"
+    """Where measurements are kept that the user named no file for: below ``$CUR_MODIFIER_CACHE``,
+    else ``$XDG_CACHE_HOME/cur_modifier``, else ``~/.cache/cur_modifier``."""
+    if explicit := os.environ.get("CUR_MODIFIER_CACHE"):
+        return Path(explicit) / "sensitivity"
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(shared) / "cur_modifier" / "sensitivity"
 
 
 def measure(

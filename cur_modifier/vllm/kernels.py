@@ -121,7 +121,7 @@ def unfit() -> list[str]:
         found.append(CPUWNA16LinearKernel.__name__)
     capabilities = torch.cpu.get_capabilities()
     x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
-    if x86 and not (capabilities["avx512_vnni"] or capabilities["avx_vnni"]):
+    if x86 and not (capabilities.get("avx512_vnni") or capabilities.get("avx_vnni")):
         found.append(CPUInt8ScaledMMLinearKernel.__name__)
     return found
 

@@ -155,8 +155,13 @@ class Sweep:
 
     def _next(self) -> Any | None:
         """One that waits, else one that the search suggests; None when all are done."""
-        if self._waiting():
-            return self._study.ask()
+        while self._waiting():
+            trial = self._study.ask()
+            if self._point(trial) in self._options.points:
+                return trial
+            # An earlier start queued it, and this one does not ask for it.
+            trial.set_user_attr("dropped", True)
+            self._study.tell(trial, state=self._states.FAIL)
         ended = self._study.get_trials(states=(self._states.COMPLETE, self._states.FAIL))
         # One that was cut off has no error, and runs again.
         tried = sum(t.state is self._states.COMPLETE or "error" in t.user_attrs for t in ended)
@@ -248,7 +253,7 @@ class Sweep:
         failed = {
             Point(**trial.user_attrs["point"])
             for trial in self._study.get_trials(states=(self._states.FAIL,))
-            if "point" in trial.user_attrs
+            if "point" in trial.user_attrs and "dropped" not in trial.user_attrs
         }
         return sorted(str(point) for point in failed - finished)
 
