@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 BLUE, GREY = "#0072B2", "#999999"  # Okabe and Ito's palette
 PALETTE = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def label_within_decades(axis: Any) -> None:
+    """Label an axis on a log scale as often as it takes where its range has few powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def before_after(after: Sequence[Any], before: Sequence[Any]) -> Figure:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from figures import BLUE, GREY
+from figures import BLUE, GREY, label_within_decades
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import ScalarFormatter
 
 ORANGE = "#D55E00"
 MAP_CELLS = 64  # a side of a weight's map
@@ -34,9 +34,7 @@ def lollipops(rows: Sequence[Mapping[str, Any]], label: str, texts: Sequence[str
                 fontsize=8,
             )
         axes.set(xscale="log", xlabel=f"perplexity, {text}")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        label_within_decades(axes.xaxis)
         axes.margins(x=0.2)
         axes.set_yticks(range(len(others)), [str(row[label]) for row in others])
         axes.grid(axis="x", alpha=0.25)
@@ -67,8 +65,8 @@ def ranks(rows: Sequence[Mapping[str, Any]], kept: float) -> Figure:
     axes.set(
         xscale="log", yscale="log", xlabel="largest rank", ylabel="perplexity, WikiText-2 test"
     )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
+    label_within_decades(axes.yaxis)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xticks([row["largest rank"] for row in others if row["fit"] == "gram"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
