@@ -122,23 +122,28 @@ def by_engine(
         }
         for name, path in paths.items()
     }
-    done = subprocess.run(
-        [
-            str(vllm_server.vllm_program().with_name("python")),
-            str(Path(__file__).with_name("engine_answers.py")),
-        ],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        env={**vllm_server.CPU_SETTINGS, **os.environ, **ONE_THREAD},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
     return {
         name: EngineError(found["error"])
         if "error" in found
         else Answers(torch.tensor(found["logprobs"]), found["greedy"])
-        for name, found in json.loads(done.stdout.splitlines()[-1]).items()
+        for name, found in by_script("engine_answers.py", jobs).items()
     }
+
+
+def by_script(name: str, given: Any = None, *, timeout: float | None = None) -> Any:
+    """What a script of this folder prints last, run in the serving environment with ``given`` as
+    its input; both are JSON."""
+    python = vllm_server.vllm_program().with_name("python")
+    done = subprocess.run(
+        [str(python), str(Path(__file__).with_name(name))],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**vllm_server.CPU_SETTINGS, **os.environ, **ONE_THREAD},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def side_by_side(jobs: dict[str, Any]) -> dict[str, Any]:

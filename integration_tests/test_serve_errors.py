@@ -136,8 +136,9 @@ CASES: dict[str, Case] = {
 }
 
 
+ONE_RANK = [case for case in CASES if not CASES[case][1]]
 # Whole servers: one that reads config.json and ends, one whose worker finds it, several ranks.
-SERVED = ["factor missing", "order is no permutation", *(c for c in CASES if CASES[c][1])]
+SERVED = ["factor missing", "order is no permutation", *(c for c in CASES if c not in ONE_RANK)]
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +162,10 @@ def broken(checkpoint: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def refusals(broken: dict[str, Path], smollm2: Path) -> dict[str, Any]:
     """What became of each engine."""
-    alone = {case: path for case, path in broken.items() if not CASES[case][1]}
-    return by_engine(alone, smollm2, [3, 4], 1)
+    return by_engine({case: broken[case] for case in ONE_RANK}, smollm2, [3, 4], 1)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not CASES[case][1]])
+@pytest.mark.parametrize("case", ONE_RANK)
 def test_no_engine_and_the_reason(case: str, refusals: dict[str, Any]) -> None:
     assert isinstance(refusals[case], EngineError), refusals[case]
     assert re.search(CASES[case][2], str(refusals[case])), str(refusals[case])[-8000:]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
-from served import vllm_server
+from served import by_script
 
 pytestmark = pytest.mark.serve
 
@@ -24,10 +22,7 @@ NAMES = [
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str | None]:
     """What went wrong, by check."""
-    python = vllm_server.vllm_program().with_name("python")
-    done = subprocess.run([str(python), str(SCRIPT)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return by_script(SCRIPT.name, timeout=600)
 
 
 @pytest.mark.parametrize("name", NAMES)

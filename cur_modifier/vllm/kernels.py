@@ -10,6 +10,7 @@ loaded, and multiplied as those of a dense Linear are.
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
@@ -83,7 +84,10 @@ class UnpackedInt8Kernel(Int8ScaledMMLinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        integers, scale, *_ = self._get_layer_params(layer)
+        integers, scale, _, zero_point, _ = self._get_layer_params(layer)
+        if zero_point is not None:
+            whole = nn.Parameter(zero_point.data.to(torch.int32), requires_grad=False)
+            setattr(layer, self.layer_param_names[3], whole)
         if not self.config.is_channelwise:
             scale = convert_to_channelwise(scale, layer.logical_widths)
         weight = dequantize(integers.data, scale.data)
@@ -93,8 +97,6 @@ class UnpackedInt8Kernel(Int8ScaledMMLinearKernel):
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         _, _, scale, zero_point, _ = self._get_layer_params(layer)
-        if zero_point is not None:
-            zero_point = zero_point.to(torch.int32)
         integers, scale, zero_point = ops.onednn_scaled_int8_quant(
             x.contiguous(), scale, zero_point, self.config.input_symmetric
         )
@@ -142,8 +144,9 @@ def disable(kernels: list[str]) -> None:
             register_linear_kernel(ours, PlatformEnum.CPU, kind)
 
 
+@cache
 def stand_in() -> None:
-    """Replace the kernels that are unfit for this CPU, and say so in the log."""
+    """Replace the kernels that are unfit for this CPU, once a process, and say so in the log."""
     kernels = unfit()
     if kernels:
         logger.warning_once(
