@@ -23,11 +23,11 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
-    """Where models and results that a run may reuse are kept, outside any clone."""
-    explicit = os.environ.get("CUR_MODIFIER_CACHE")
-    if explicit:
+    """As ``cur_modifier.cache.cache_folder``, without the ten seconds that importing it takes."""
+    if explicit := os.environ.get("CUR_MODIFIER_CACHE"):
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cur_modifier"
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "cur_modifier"
 
 
 def smollm2() -> Path:

@@ -163,7 +163,7 @@ class SensitivityConfig(BaseModel):
             curvature is known from few tokens and at the dense model only.
         cache: a file to keep the measurement in. By default it is kept in
             ``$CUR_MODIFIER_CACHE``, ``$XDG_CACHE_HOME/cur_modifier`` or ``~/.cache/cur_modifier``,
-            under a name made of the weights, the data and these settings.
+            under a name made of the weights, the data and these settings; 20 GB of the newest.
     """
 
     model_config = ConfigDict(extra="forbid")

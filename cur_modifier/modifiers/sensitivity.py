@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from cur_modifier.cache import cache_folder, keep_newest
 from cur_modifier.linalg import GramAccumulator, curvature_spectrum
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.streams import frozen
@@ -32,6 +33,7 @@ from cur_modifier.precision import half_products
 
 __all__ = ["Sensitivity", "fingerprint", "load_or_measure"]
 
+CACHE_BYTES = 20 * 10**9  # SmolLM2-135M takes 0.4, a model of 8 billion parameters about 4
 FULL_METRIC_OUTPUTS = 4096  # above, H is kept as its diagonal: 14336² numbers a module are too many
 _FORMAT = "2"
 
@@ -90,8 +92,9 @@ def load_or_measure(
         samples: how many calibration samples to run backwards.
         seed: of the labels, which are drawn from the model's own distribution: the true Fisher
             information, which asks nothing of the data's labels.
-        cache: a file of the user's own. By default a file in :func:`default_cache`, named by the
-            fingerprint.
+        cache: a file of the user's own. By default a file in the folder ``sensitivity`` of
+            :func:`cur_modifier.cache.cache_folder`, named by the fingerprint. Of those the newest
+            are kept, 20 GB together.
 
     Cost: forward and backward pass of ``samples`` samples, ``2 m²`` flops a token and module, and
     ``m²`` float32 numbers a module, in bfloat16 on disk.
@@ -101,23 +104,17 @@ def load_or_measure(
             are not finite.
     """
     wanted = fingerprint(model, modules, batches, samples, seed)
-    path = cache or default_cache() / f"{_digest(wanted)}.safetensors"
+    path = cache or cache_folder() / "sensitivity" / f"{_digest(wanted)}.safetensors"
     found = _load(path, wanted, own=cache is not None)
     if found is not None:
         logger.info(f"sensitivities read from {path}")
+        with suppress(OSError):  # used, so not the next to be deleted
+            path.touch()
         return found
     measured = measure(model, modules, layers, _first(batches, samples), seed=seed)
-    _save(path, measured, wanted)
+    if _save(path, measured, wanted) and cache is None:
+        keep_newest(path.parent, CACHE_BYTES)
     return measured
-
-
-def default_cache() -> Path:
-    """Where measurements are kept that the user named no file for: below ``$CUR_MODIFIER_CACHE``,
-    else ``$XDG_CACHE_HOME/cur_modifier``, else ``~/.cache/cur_modifier``."""
-    if explicit := os.environ.get("CUR_MODIFIER_CACHE"):
-        return Path(explicit) / "sensitivity"
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(shared) / "cur_modifier" / "sensitivity"
 
 
 def measure(
@@ -268,7 +265,8 @@ def _digest(wanted: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _save(path: Path, measured: Sensitivity, wanted: Mapping[str, str]) -> None:
+def _save(path: Path, measured: Sensitivity, wanted: Mapping[str, str]) -> bool:
+    """Whether it could be written: a measurement that is not kept is used all the same."""
     tensors = {f"outputs.{k}": v.contiguous() for k, v in measured.outputs.items()}
     tensors |= {f"spectra.{k}": v.contiguous() for k, v in measured.spectra.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
@@ -279,6 +277,8 @@ def _save(path: Path, measured: Sensitivity, wanted: Mapping[str, str]) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         logger.warning(f"the sensitivities could not be kept in {path} ({error}); going on")
+        return False
+    return True
 
 
 def _load(path: Path, wanted: Mapping[str, str], *, own: bool) -> Sensitivity | None:

@@ -92,9 +92,9 @@ def write_tasks(data: Path, out: Path) -> list[str]:
 def cached_tasks(data: Path) -> Path:
     """A folder of the tasks of ``data``, made once for its files and this release of lm-eval.
 
-    It lies where ``tools/smollm2.py`` keeps the model.
+    It lies in the user's cache folder.
     """
-    from smollm2 import cache_folder
+    from cur_modifier.cache import cache_folder  # with all of the package: not for a script
 
     if not data.is_dir():
         raise FileNotFoundError(f"no folder {data} of task data.")
