@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from quality.__main__ import main
-from quality.calibration import input_statistics, projections
-from quality.methods import METHODS
+from quality.calibration import input_statistics, kept_statistics, projections
+from quality.methods import METHODS, Calibration
 from quality.protocol import calibration_windows, evaluation_windows
 from quality.results import read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,13 +79,28 @@ def test_statistics_are_those_of_what_every_projection_reads(bench_model: Path) 
             assert (seen - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_statistics_are_left_for_the_rows_that_follow(bench_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bench_model)
+    windows = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(3))
+    first, second = (Calibration(windows, tmp_path / "wikitext.pt") for _ in range(2))
+    found = kept_statistics(model, first)
+    read = kept_statistics(model, second)
+    assert [file.name for file in tmp_path.iterdir()] == ["wikitext.pt"]
+    assert first.spared_seconds == first.spared_peak == 0
+    assert second.spared_seconds > 0 and second.spared_peak > 10**8
+    assert found.keys() == read.keys()
+    for name, inputs in found.items():
+        assert torch.equal(read[name].gram, inputs.gram)
+        assert torch.equal(read[name].mean_abs, inputs.mean_abs)
+
+
 @pytest.mark.parametrize("name", [n for n, method in METHODS.items() if not method.own_ratio])
 def test_every_method_reaches_its_ratio(name: str, bench_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(bench_model)
     windows = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         dense = model(windows).logits
-    ratio = METHODS[name].compress(model, windows, 0.7)
+    ratio = METHODS[name].compress(model, Calibration(windows), 0.7)
     assert 0.6 < ratio <= 0.7  # ranks are whole numbers, and these matrices are small
     with torch.no_grad():
         compressed = model(windows).logits

@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for figures.py
+
 from quality.methods import BUDGET, ID
 from quality.protocol import DATA, REPOSITORY, WIKI_TEST, WIKI_VALID, model_directory
 from quality.results import Row, put_figure, put_row, read_rows
@@ -223,12 +225,13 @@ def table(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row]) -> Any:
     """Perplexity (log scale) over megabytes, a line for each way."""
+    from figures import BLUE, PALETTE, label_within_decades
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    # Okabe and Ito's palette; ways differ by marker and line as well.
-    styles = iter([("#D55E00", "s", "--"), ("#009E73", "^", ":"), ("#CC79A7", "D", "-.")])
+    # Ways differ by marker and line as well.
+    styles = iter(zip(PALETTE[1:], "s^D", ("--", ":", "-."), strict=False))
     ways: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["bytes"]):
         if row["ratio"] is not None:
@@ -239,7 +242,7 @@ def plot(rows: Sequence[Row]) -> Any:
     for way, found in ways.items():
         colour, marker, line = {
             "dense, bfloat16": ("black", "*", "-"),
-            "GPTQ alone": ("#0072B2", "o", "-"),
+            "GPTQ alone": (BLUE, "o", "-"),
         }.get(way) or next(styles)
         size = [row["bytes"] / 1e6 for row in found]
         axes.plot(
@@ -257,6 +260,7 @@ def plot(rows: Sequence[Row]) -> Any:
         yscale="log",
         title="SmolLM2-135M at equal bytes",
     )
+    label_within_decades(axes.yaxis)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure

@@ -9,7 +9,7 @@ import pytest
 from quality.__main__ import jobs, main, parse
 from quality.methods import METHODS
 from quality.protocol import missing_files
-from quality.results import Row, format_tables, key, put_row, read_rows
+from quality.results import Row, format_tables, key, plot, put_row, read_rows
 
 
 def row(method: str = "svd", ratio: float | None = 0.8, ppl: float = 20.0, **fields: object) -> Row:
@@ -79,6 +79,30 @@ def test_rows_of_held_out_text_have_tables_too() -> None:
     assert format_tables([held_out], ["svd"]).startswith("Perplexity on held_out")
 
 
+def test_plot_has_a_panel_a_text_and_a_line_a_method() -> None:
+    rows = [
+        row("dense", None, 15.0),
+        *(row("mine", ratio, 20 / ratio, stored_ratio=ratio) for ratio in (0.6, 0.8)),
+        row("svd", 0.8, 2e5),
+        row("svd", 0.8, calibration="c4"),
+    ]
+    figure = plot(rows, ["dense", "svd"])
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert list(panels) == [
+        f"on {text}, calibrated on {calibration}"
+        for calibration in ("wikitext", "c4")
+        for text in ("wikitext", "c4")
+    ]
+    lines = {
+        line.get_label(): line.get_xydata().tolist()
+        for line in panels["on c4, calibrated on wikitext"].get_lines()
+    }
+    assert list(lines) == ["svd", "mine", "dense"]
+    assert lines["mine"] == [[0.6, 40 / 0.6], [0.8, 40 / 0.8]]
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["svd", "mine", "dense"]
+
+
 def test_what_exists_is_not_measured_again(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +112,7 @@ def test_what_exists_is_not_measured_again(
     assert main([*arguments, f"--data={data}", f"--output={output}"]) == 0
     printed = capsys.readouterr().out
     assert "0 rows to measure, 1 in" in printed and "20.00" in printed
+    assert output.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_jobs_are_one_a_method_with_its_own_ratio(data: Path) -> None:

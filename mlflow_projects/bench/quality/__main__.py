@@ -15,16 +15,19 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a folder: let its modules find each other by the package's name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for figures.py
 
 from quality.measure import Job, measure_apart
 from quality.methods import METHODS
 from quality.protocol import CALIBRATIONS, DATA, RATIOS, missing_files
-from quality.results import format_tables, key, put_row, read_rows
+from quality.results import format_tables, key, plot, put_figure, put_row, read_rows
 
 OUTPUT = Path("bench_out/quality.json")
 HELD_OUT_OUTPUT = Path("bench_out/quality_held_out.json")
@@ -90,29 +93,42 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = jobs(options)
     todo = [job for job in wanted if (job.method, job.ratio, job.calibration) not in known]
     print(f"{len(todo)} rows to measure, {len(wanted) - len(todo)} in {options.output} already")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.output.parent, prefix=".statistics-") as folder:
+        try:
+            failed = measure_all([replace(job, kept=Path(folder)) for job in todo], options.output)
+        except KeyboardInterrupt:
+            print("Interrupted. The rows so far are kept: the same command continues.")
+            return 130
+    rows = read_rows(options.output)
+    if rows:
+        figure = options.output.with_suffix(".png")
+        put_figure(figure, plot(rows, list(METHODS)))
+        print(f"\n{format_tables(rows, list(METHODS))}\n\nIn {options.output} and {figure}")
+    if failed:
+        print(f"Failed, and tried again by the same command: {'; '.join(map(str, failed))}")
+    return 1 if failed else 0
+
+
+def measure_all(todo: Sequence[Job], output: Path) -> list[Job]:
+    """Measure one row after another into ``output``; those that failed."""
     failed = []
     for number, job in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {job}", flush=True)
         try:
             row = measure_apart(job)
-        except KeyboardInterrupt:
-            print("Interrupted. The rows so far are kept: the same command continues.")
-            return 130
         except RuntimeError as error:  # the others are measured all the same
             failed.append(job)
             print(f"    failed: {error}", flush=True)
             continue
-        put_row(options.output, row)
+        put_row(output, row)
         figures = ", ".join(f"{k} {v:.2f}" for k, v in row.items() if k.startswith("ppl_"))
         print(
             f"    {figures}, stored {row['stored_ratio']:.4f}, {row['seconds']:.0f} s, "
             f"{row['peak_rss_bytes'] / 1e9:.1f} GB",
             flush=True,
         )
-    print(f"\n{format_tables(read_rows(options.output), list(METHODS))}\n\nIn {options.output}")
-    if failed:
-        print(f"Failed, and tried again by the same command: {'; '.join(map(str, failed))}")
-    return 1 if failed else 0
+    return failed
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -13,8 +15,10 @@ from tqdm import tqdm
 from cur_modifier.linalg import GramAccumulator
 from cur_modifier.precision import half_products
 from quality.baselines import Inputs
+from quality.measure import peak_rss_bytes
+from quality.methods import Calibration
 
-__all__ = ["input_statistics", "projections"]
+__all__ = ["input_statistics", "kept_statistics", "projections"]
 
 # The projections of a decoder layer, by the tensor that they read.
 READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -79,3 +83,30 @@ def input_statistics(model: Any, windows: torch.Tensor) -> dict[str, Inputs]:
             model.base_model(input_ids=window[None], use_cache=False)  # no logits are needed
     done = {seen: seen.inputs() for seen in set(by_name.values())}
     return {name: done[seen] for name, seen in by_name.items()}
+
+
+def kept_statistics(model: Any, calibration: Calibration) -> dict[str, Inputs]:
+    """:func:`input_statistics`, from ``calibration.kept`` where an earlier row left them there.
+
+    What that row's pass took is added to ``calibration``.
+    """
+    path = calibration.kept
+    if path is not None and path.exists():
+        held = torch.load(path)
+        calibration.spared_seconds += held["seconds"]
+        calibration.spared_peak = max(calibration.spared_peak, held["peak_rss_bytes"])
+        return {name: Inputs(*inputs) for name, inputs in held["statistics"].items()}
+    started = time.perf_counter()
+    found = input_statistics(model, calibration.windows)
+    if path is not None:
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        torch.save(
+            {
+                "statistics": {name: tuple(inputs) for name, inputs in found.items()},
+                "seconds": time.perf_counter() - started,
+                "peak_rss_bytes": peak_rss_bytes(),
+            },
+            partial,
+        )
+        partial.replace(path)
+    return found

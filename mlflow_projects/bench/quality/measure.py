@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from quality.methods import METHODS
+from quality.methods import METHODS, Calibration
 from quality.protocol import calibration_windows, evaluation_windows, model_directory
 from quality.results import Row
 
@@ -20,7 +20,10 @@ __all__ = ["Job", "measure", "measure_apart", "peak_rss_bytes"]
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure. ``ratio`` None where the method has its own, ``model`` None for SmolLM2."""
+    """What to measure. ``ratio`` None where the method has its own, ``model`` None for SmolLM2.
+
+    ``kept`` is a folder in which rows of one model leave statistics for each other.
+    """
 
     method: str
     ratio: float | None
@@ -28,6 +31,7 @@ class Job:
     data: Path
     model: str | None = None
     held_out: bool = False
+    kept: Path | None = None
 
     def __str__(self) -> str:
         wish = "" if self.ratio is None else f" at {self.ratio:g}"
@@ -67,7 +71,8 @@ def measure(job: Job) -> Row:
     """Compress and evaluate.
 
     ``seconds`` and ``peak_rss_bytes`` are taken after compression and before evaluation; the peak
-    includes the dense model in float32. Evaluation is in float32, of held-out text in
+    includes the dense model in float32. Both include the pass of calibration, also where an earlier
+    row ran it. Evaluation is in float32, of held-out text in
     bfloat16 where the device has units for it.
     """
     import torch
@@ -82,10 +87,11 @@ def measure(job: Job) -> Row:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     torch.manual_seed(0)
 
+    calibration = Calibration(windows, job.kept and job.kept / f"{job.calibration}.pt")
     started = time.perf_counter()
-    stored_ratio = METHODS[job.method].compress(model, windows, job.ratio)
-    seconds = time.perf_counter() - started
-    peak = peak_rss_bytes()
+    stored_ratio = METHODS[job.method].compress(model, calibration, job.ratio)
+    seconds = time.perf_counter() - started + calibration.spared_seconds
+    peak = max(peak_rss_bytes(), calibration.spared_peak)
     return {
         "method": job.method,
         "ratio": job.ratio,

@@ -7,16 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["METHODS", "Method", "by_matrix", "by_recipe"]
+__all__ = ["METHODS", "Calibration", "Method", "by_matrix", "by_recipe"]
 
-Compress = Callable[[Any, "torch.Tensor", "float | None"], float]
-"""Compresses a model in place, given calibration windows ``(count, length)`` and the ratio wanted,
-and returns the ratio reached: parameters stored after ÷ before, over the projections."""
+
+@dataclass
+class Calibration:
+    """What a method may look at.
+
+    Attributes:
+        windows: token ids ``(count, length)``.
+        kept: a file in which the statistics of the dense model's inputs, which are the same for
+            every method and ratio, are left for later rows; None keeps none.
+        spared_seconds, spared_peak: what the pass took that found them, and the most bytes it held,
+            where this row read them.
+    """
+
+    windows: torch.Tensor
+    kept: Path | None = None
+    spared_seconds: float = 0.0
+    spared_peak: int = 0
+
+
+Compress = Callable[[Any, Calibration, "float | None"], float]
+"""Compresses a model in place, given the ratio wanted, and returns the ratio reached: parameters
+stored after ÷ before, over the projections."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +56,14 @@ def by_matrix(function: str, *, calibrated: bool = True) -> Method:
         calibrated: whether it looks at the inputs.
     """
 
-    def compress(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
+    def compress(model: Any, calibration: Calibration, ratio: float | None) -> float:
         import torch
         from tqdm import tqdm
 
         from quality import baselines
-        from quality.calibration import input_statistics, projections
+        from quality.calibration import kept_statistics, projections
 
-        statistics = input_statistics(model, windows) if calibrated else {}
+        statistics = kept_statistics(model, calibration) if calibrated else {}
         before = after = 0
         for name, linear in tqdm(projections(model).items(), desc="Factoring", leave=False):
             weight = linear.weight
@@ -73,7 +93,7 @@ def by_recipe(
         rank: what to add to ``{ratio: …}``.
     """
 
-    def compress(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
+    def compress(model: Any, calibration: Calibration, ratio: float | None) -> float:
         import yaml
         from llmcompressor import oneshot
 
@@ -89,7 +109,7 @@ def by_recipe(
         whole = parameter_count(model)
         oneshot(
             model=model,
-            dataset=windows_dataset(windows),
+            dataset=windows_dataset(calibration.windows),
             recipe=yaml.safe_dump({"compress_stage": stage}),
         )
         # By difference, so that factors count wherever in the model a stage puts them.
@@ -101,10 +121,11 @@ def by_recipe(
 def by_function(module: str, function: str) -> Method:
     """The whole model by a function of this package, imported when a model is compressed."""
 
-    def compress(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
+    def compress(model: Any, calibration: Calibration, ratio: float | None) -> float:
         from importlib import import_module
 
-        return getattr(import_module(f"quality.{module}"), function)(model, windows, ratio)
+        run = getattr(import_module(f"quality.{module}"), function)
+        return run(model, calibration.windows, ratio)
 
     return Method(compress)
 
@@ -151,7 +172,7 @@ HEALING = {
 }
 
 METHODS: dict[str, Method] = {
-    "dense": Method(lambda model, windows, ratio: 1.0, own_ratio=True),
+    "dense": Method(lambda model, calibration, ratio: 1.0, own_ratio=True),
     "svd": by_matrix("svd", calibrated=False),
     "asvd": by_matrix("asvd"),
     "svd-llm": by_matrix("svd_llm"),

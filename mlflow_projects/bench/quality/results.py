@@ -1,4 +1,4 @@
-"""Finished rows: a JSON list on disk, and the tables that are printed of it."""
+"""Finished rows: a JSON list on disk, the tables that are printed of it, and their plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "format_tables", "key", "put_figure", "put_row", "put_rows", "read_rows"]
+__all__ = ["Row", "format_tables", "key", "plot", "put_figure", "put_row", "put_rows", "read_rows"]
 
 Row = dict[str, Any]
 
@@ -81,6 +81,54 @@ def format_tables(rows: Sequence[Row], methods: Sequence[str]) -> str:
         for text in texts
         if (table := _table(rows, names, calibration, text))
     )
+
+
+def plot(rows: Sequence[Row], methods: Sequence[str]) -> Any:
+    """Perplexity (log scale) over the ratio stored, a panel for each calibration and text.
+
+    Args:
+        methods: the order of the legend; others follow. ``dense`` is a line across.
+    """
+    from figures import GREY, PALETTE, label_within_decades
+    from matplotlib.figure import Figure
+
+    names = [*methods, *sorted({row["method"] for row in rows} - set(methods))]
+    drawn = [n for n in names if n != "dense" and any(row["method"] == n for row in rows)]
+    texts = list(dict.fromkeys(name for row in rows for name in row if name.startswith(TEXTS)))
+    calibrations = list(dict.fromkeys(row["calibration"] for row in rows))
+    size = (1.6 + 4.2 * len(texts), 0.6 + 3.6 * len(calibrations))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(calibrations), len(texts), squeeze=False, sharex=True, sharey="col")
+    style = {  # where the palette begins again the marker is another
+        name: {"color": PALETTE[i % len(PALETTE)], "marker": "osD^vP*X"[i % 8]}
+        for i, name in enumerate(drawn)
+    }
+    for panels, calibration in zip(grid, calibrations, strict=True):
+        for axes, text in zip(panels, texts, strict=True):
+            here = [r for r in rows if r["calibration"] == calibration and text in r]
+            for name in drawn:
+                found = sorted((r["stored_ratio"], r[text]) for r in here if r["method"] == name)
+                if found:
+                    axes.plot(*zip(*found, strict=True), label=name, linewidth=1.2, **style[name])
+            for row in here:
+                if row["method"] == "dense":
+                    axes.axhline(row[text], color=GREY, linestyle="--", label="dense")
+            axes.set(
+                title=f"on {text.removeprefix(TEXTS)}, calibrated on {calibration}",
+                xlabel="parameters stored ÷ dense, of the projections",
+                ylabel="perplexity",
+                yscale="log",
+            )
+            label_within_decades(axes.yaxis)
+            axes.grid(alpha=0.3, which="both")
+    # One entry a method, whichever panel has it.
+    entries = {
+        label: handle
+        for axes in grid.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="outside right upper")
+    return figure
 
 
 def _table(rows: Sequence[Row], methods: Sequence[str], calibration: str, text: str) -> str:
