@@ -7,10 +7,10 @@ each in turn, in engines that are both loaded, so that whatever else slows the m
 the speed-up is the median of the repetitions' ratios. Run it on an idle machine.
 
 Load: reading and preparing the weights, in a process of its own, from files that the system holds
-in memory. Decode: 16 tokens behind prompts of 16, at batch 1, 8 and 32. Prefill: prompts of 512, at
-batch 1 and 8. The linear layers' share of the time is from as many profiles; with
-them comes their own speed-up, to be compared with the bytes that they no longer read. A row that
-exists is kept, so an interrupted run continues.
+in memory. Decode: 16 tokens behind prompts of 16, at batch 8 and 32, and 64 tokens at batch 1.
+Prefill: prompts of 512, at batch 1 and 8. The linear layers' share of the time is from as many
+profiles; with them comes their own speed-up, to be compared with the bytes that they no longer
+read. A row that exists is kept, so an interrupted run continues.
 """
 
 from __future__ import annotations
