@@ -116,18 +116,18 @@ def test_a_sweep_that_is_cut_off_continues(given: dict[str, Any], tmp_path: Path
 
 
 def test_a_trial_that_fails_stops_no_other(given: dict[str, Any], tmp_path: Path) -> None:
-    """Groups of 48 do not fit into rows of 64: those trials are FAILED, with the reason."""
+    """A ratio that leaves no rank: its trial is FAILED, with the reason."""
     store = f"sqlite:///{tmp_path / 'store.db'}"
-    given |= {"forms": "dense", "quantizations": "rtn4,none", "group_size": 48}
+    given |= {"forms": "id,dense", "ratios": "0.01", "quantizations": "none"}
     done = run_project("sweep", store, **given)
     assert done.returncode == 0, done.stderr[-4000:]
     client = MlflowClient(tracking_uri=store)
     runs = {run.info.run_name: run for run in client.search_runs(["0"])}
     assert runs["dense-none"].info.status == "FINISHED"
-    failed = runs["dense-rtn4"]
+    failed = runs["id-0.01-none"]
     assert failed.info.status == "FAILED"
-    assert "not divisible by group_size" in failed.data.tags["error"]
-    assert "1 failed: dense-rtn4" in done.stdout
+    assert "ratio 0.01" in failed.data.tags["error"]
+    assert "1 failed: id-0.01-none" in done.stdout
 
 
 def test_a_search_does_not_measure_twice(given: dict[str, Any], tmp_path: Path) -> None:
@@ -147,6 +147,10 @@ def test_a_search_does_not_measure_twice(given: dict[str, Any], tmp_path: Path) 
         ({"forms": ""}, "forms: nothing is given"),
         ({"quantizations": "int4"}, "quantizations: int4 is not one of"),
         ({"forms": "cur"}, "form cur has no selection optimal"),
+        (
+            {"group_size": "48", "quantizations": "none,rtn4"},
+            r"group_size 48 does not divide the 64 inputs of .*q_proj and of 20 .*divisor of 64",
+        ),
         ({"selections": "best"}, "id-0.8-best-none: .*deim"),
         ({"ratios": "80"}, "a ratio is parameters stored after ÷ before, between 0 and 1"),
         ({"ratios": "a"}, "not a list of numbers"),

@@ -34,6 +34,11 @@ class Point:
         chosen = "" if self.selection in ("", OPTIMAL) else f"-{self.selection}"
         return f"{factors}{chosen}-{self.quantization}"
 
+    @property
+    def grouped(self) -> bool:
+        """Whether groups of weights share a scale."""
+        return self.quantization not in ("none", "w8a8")
+
     def params(self) -> dict[str, Any]:
         """As Optuna and MLflow have them."""
         return asdict(self)
@@ -55,7 +60,7 @@ class Point:
                 cur["selection"] = self.selection
             if self.quantization == "w8a8":
                 cur["multiple_of"] = W8A8_UNIT
-            elif self.quantization != "none":
+            elif self.grouped:
                 cur["multiple_of"] = group_size
             stage["cur_modifiers"] = {"CURModifier": cur}
         if self.quantization != "none":

@@ -14,6 +14,7 @@ Pareto front after each trial.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def _check(options: argparse.Namespace) -> None:
     """Every recipe and both texts, before the first trial.
 
     Raises:
-        SweepError: a recipe that no stage accepts, a text that is missing or too short.
+        SweepError: a recipe that no stage accepts, a group size that does not fit the model, a text
+            that is missing or too short.
     """
     from run import model_source
     from transformers import AutoTokenizer
@@ -119,6 +121,8 @@ def _check(options: argparse.Namespace) -> None:
         options.model = model_source(options.model)
     except FileNotFoundError as error:
         raise SweepError(f"{error}{elsewhere(options.model, PROJECT)}") from None
+    if any(point.grouped for point in options.points):
+        _check_groups(options.model, options.group_size)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     for name, windows, length in (
         ("data", options.samples, options.sequence_length),
@@ -131,6 +135,30 @@ def _check(options: argparse.Namespace) -> None:
             raise SweepError(f"{name}: {error}{elsewhere(path, PROJECT)}") from None
         if Path(path).exists():
             setattr(options, name, str(Path(path).resolve()))
+
+
+def _check_groups(model: str, group_size: int) -> None:
+    """Whether groups divide what every Linear reads; the ranks of factors are chosen so that they
+    do."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    linears = {
+        name: module.in_features
+        for name, module in skeleton.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not skeleton.get_output_embeddings()
+    }
+    unfit = {name: width for name, width in linears.items() if width % group_size}
+    if unfit:
+        name, width = next(iter(unfit.items()))
+        raise SweepError(
+            f"group_size {group_size} does not divide the {width} inputs of {name}"
+            + (f" and of {len(unfit) - 1} more" if len(unfit) > 1 else "")
+            + f". Give a divisor of {math.gcd(*linears.values())}, or quantizations without "
+            "groups: none, w8a8."
+        )
 
 
 if __name__ == "__main__":
