@@ -13,8 +13,14 @@ PALETTE = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000
 
 
 def label_within_decades(axis: Any) -> None:
-    """Label an axis on a log scale as often as it takes where its range has few powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    """Label an axis on a log scale as often as its range takes, where it has few powers of ten.
+
+    Call it when the data are drawn.
+    """
+    low, high = axis.get_view_interval()
+    few = (1, 1.5, 2, 3, 5, 7)
+    many = (1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
+    axis.set_major_locator(LogLocator(subs=many if high < 4 * low else few))
     axis.set_major_formatter(ScalarFormatter())
     axis.set_minor_formatter(NullFormatter())
 
@@ -118,9 +124,7 @@ def pareto(done: Sequence[Any], front: Sequence[Any]) -> Figure:
         title="Size against perplexity; numbers are ratios",
     )
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(ScalarFormatter())
-    axes.tick_params(which="minor", labelsize=7)
+        label_within_decades(axis)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
     return figure

@@ -160,7 +160,6 @@ class Sweep:
             if self._point(trial) in self._options.points:
                 return trial
             # An earlier start queued it, and this one does not ask for it.
-            trial.set_user_attr("dropped", True)
             self._study.tell(trial, state=self._states.FAIL)
         ended = self._study.get_trials(states=(self._states.COMPLETE, self._states.FAIL))
         # One that was cut off has no error, and runs again.
@@ -248,14 +247,14 @@ class Sweep:
         return sorted((d for d in self.done() if d.number in best), key=lambda d: d.bytes)
 
     def _failed(self) -> list[str]:
-        """Names of the points that failed and have not come to their end since."""
+        """Names of the points asked for that failed and have not come to their end since."""
         finished = {done.point for done in self.done()}
         failed = {
             Point(**trial.user_attrs["point"])
             for trial in self._study.get_trials(states=(self._states.FAIL,))
-            if "point" in trial.user_attrs and "dropped" not in trial.user_attrs
+            if "point" in trial.user_attrs
         }
-        return sorted(str(point) for point in failed - finished)
+        return sorted(str(point) for point in (failed - finished) & set(self._options.points))
 
     def _draw(self) -> None:
         """Table and front onto the parent run, as they are now."""
