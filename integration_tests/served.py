@@ -108,14 +108,18 @@ def served(
 
 
 def by_engine(
-    paths: Mapping[str, Path], tokenizer: Path, prompt: list[int], steps: int
+    paths: Mapping[str, Path],
+    tokenizer: Path,
+    prompt: list[int],
+    steps: int,
+    dtype: str = "float32",
 ) -> dict[str, Answers | EngineError]:
-    """What vLLM's engine answers of each checkpoint in float32, all in one process."""
+    """What vLLM's engine answers of each checkpoint, all in one process."""
     jobs = {
         name: {
             "path": str(path),
             "tokenizer": str(tokenizer),
-            "dtype": "float32",
+            "dtype": dtype,
             "max_model_len": MAX_LENGTH,
             "prompt": prompt,
             "steps": steps,

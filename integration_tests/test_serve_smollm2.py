@@ -1,4 +1,4 @@
-"""SmolLM2, factored and quantized, through ``vllm serve`` and through transformers.
+"""SmolLM2, factored and quantized, served by vLLM and through transformers.
 
 The figures that the README gives are what these tests print (``pytest -rA``, or on failure).
 """
@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from served import (
     FAST_DTYPE,
     Answers,
+    by_engine,
     by_transformers,
     result,
     serve_quietly,
@@ -123,25 +124,11 @@ def exact(
 
 
 @pytest.fixture(scope="module")
-def rounded(
-    checkpoints: dict[str, Path], prompt: list[int], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """What the bfloat16 servers answer."""
-    logs = tmp_path_factory.mktemp("logs")
-    return side_by_side(
-        {
-            name: partial(
-                served,
-                checkpoints[name],
-                logs / f"{name}.log",
-                prompt,
-                STEPS,
-                *EAGER,
-                dtype="bfloat16",
-            )
-            for name in QUANTIZED
-        }
-    )
+def rounded(checkpoints: dict[str, Path], smollm2: Path, prompt: list[int]) -> dict[str, Any]:
+    """What vLLM's engine answers in bfloat16, in one process: five servers take much longer, and
+    :func:`test_lm_eval_agrees` has a real one of four bits."""
+    paths = {name: checkpoints[name] for name in QUANTIZED}
+    return by_engine(paths, smollm2, prompt, steps=1, dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from cur_modifier.linalg.gram import apply_gram
 
 __all__ = ["greedy"]
 
-# Gains are updated from step to step, and computed anew before rounding matters: after so many
-# steps, or where all have become so small beside what they were.
-_AFRESH_STEPS, _AFRESH_FALL = 256, 1e-6
+# What the choice looks at is updated from step to step, and computed anew before rounding matters:
+# after so many steps, or where all gains have become so small beside what they were. A row of which
+# so little is left, in squares, waits for that.
+_AFRESH_STEPS, _AFRESH_FALL, _WAITS = 256, 1e-6, 1e-8
 
 
 def greedy(A: torch.Tensor, count: int, metric: torch.Tensor | None = None) -> torch.Tensor:
@@ -25,8 +26,9 @@ def greedy(A: torch.Tensor, count: int, metric: torch.Tensor | None = None) -> t
         metric: ``M (m, m)``, positive semi-definite, or its diagonal ``(m,)``; the identity
             without.
 
-    Cost: ``8 m n`` flops a row, ``2 m²`` with a full metric, and every 256 rows the less of
-    ``4 m n²`` and ``2 m² n``, with a full metric of ``2 m n (m + 2 n)`` and ``2 m² (m + n)``;
+    Cost: every 256 rows the less of ``2 m² n`` and ``4 m n²`` flops, with a full metric of
+    ``2 m² (m + n)`` and ``2 m n (m + 2 n)``; a row ``2 m²`` more in the first case and ``6 m n`` in
+    the second, and ``2 m²`` with a full metric. In the first case ``E Eᵀ`` is kept, ``m²`` numbers;
     float64.
 
     Source: Farahat, Ghodsi and Kamel 2011, whose criterion is here in a metric.
@@ -44,38 +46,62 @@ def greedy(A: torch.Tensor, count: int, metric: torch.Tensor | None = None) -> t
             f"the metric of the rows has shape {tuple(metric.shape)}; expected ({m}, {m}) or its "
             f"diagonal ({m},)."
         )
-    left = A.double().clone()
+    left = A.double()
     M = left.new_ones(m) if metric is None else metric.to(left)
     require_finite(M, "the metric of the rows")
     nothing = torch.finfo(left.dtype).eps * left.square().sum(1)  # of a row: its own rounding
-    chosen: list[int] = []
     free = torch.ones(m, dtype=torch.bool, device=A.device)
-    gains, since, reference = left.new_zeros(m), _AFRESH_STEPS, 0.0
-    for _ in range(count):
-        if since == _AFRESH_STEPS or float(gains[free].max()) < _AFRESH_FALL * reference:
-            gains = _gains(left, M)
-            since, reference = 0, float(gains[free].max())
-        since += 1
-        lengths = left.square().sum(1)
-        worth = torch.where(lengths > nothing, gains / lengths, 0)
-        pick = int(torch.where(free, worth, -1).argmax())
-        chosen.append(pick)
-        free[pick] = False
-        if worth[pick] <= 0:
-            continue
-        direction = left[pick] / lengths[pick].sqrt()
-        share = left @ direction
-        weighted = apply_gram(share, M)
-        gains -= share * (2 * (left @ (left.mT @ weighted)) - share * (share @ weighted))
-        left -= torch.outer(share, direction)
-    return torch.tensor(chosen, device=A.device)
+    chosen: list[int] = []
+    while len(chosen) < count:
+        # Takes those that it chooses from the free ones.
+        some = _choose(left, M, free, nothing, min(count - len(chosen), _AFRESH_STEPS))
+        if not some:
+            break
+        chosen += some
+        if len(chosen) < count:
+            basis = torch.linalg.qr(left[some].mT).Q
+            left = left - (left @ basis) @ basis.mT
+    rest = free.nonzero().flatten().tolist()
+    return torch.tensor(chosen + rest[: count - len(chosen)], device=A.device)
 
 
-def _gains(E: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
-    """``‖M^{1/2} E Eᵢᵀ‖²`` of every row ``i``, by ``Eᵀ M E`` or by ``E Eᵀ``: as takes less."""
+def _choose(
+    E: torch.Tensor, M: torch.Tensor, free: torch.Tensor, nothing: torch.Tensor, count: int
+) -> list[int]:
+    """At most ``count`` of the ``free`` rows, as many as can be told without computing ``E`` anew.
+
+    With ``F`` of a column ``E Eᵢᵀ / ‖Eᵢ‖`` for each chosen row, what they leave has the products
+    ``E Eᵀ − F Fᵀ``: ``E`` itself need not be written again and again.
+    """
     m, n = E.shape
     through_metric = m if M.ndim == 2 else 0
-    if m * (n + through_metric) < n * (2 * n + through_metric):
-        inner = E @ E.mT
-        return (apply_gram(inner, M) * inner).sum(1)
-    return ((E @ (apply_gram(E.mT, M) @ E)) * E).sum(1)
+    small = m * (n + through_metric) < n * (2 * n + through_metric)
+    inner = E @ E.mT if small else None
+    if inner is not None:
+        gains = (apply_gram(inner, M) * inner).sum(1)
+    else:
+        gains = ((E @ (apply_gram(E.mT, M) @ E)) * E).sum(1)
+    lengths = E.square().sum(1)
+    least = torch.maximum(_WAITS * lengths, nothing)
+    F = E.new_zeros(m, count)
+    reference = float(torch.where(free, gains, 0).max())
+    chosen: list[int] = []
+    for step in range(count):
+        able = free & (lengths > least)
+        worth = torch.where(able, gains / lengths, 0)
+        pick = int(worth.argmax())
+        fallen = float(torch.where(free, gains, 0).max()) < _AFRESH_FALL * reference
+        if worth[pick] <= 0 or (fallen and chosen):
+            break
+        chosen.append(pick)
+        free[pick] = False
+        before = F[:, :step]
+        column = (E @ E[pick] if inner is None else inner[:, pick]) - before @ before[pick]
+        share = column / lengths[pick].sqrt()
+        weighted = apply_gram(share, M)
+        product = E @ (E.mT @ weighted) if inner is None else inner @ weighted
+        product -= before @ (before.mT @ weighted)
+        gains -= share * (2 * product - share * (share @ weighted))
+        lengths -= share.square()
+        F[:, step] = share
+    return chosen
