@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -126,38 +127,47 @@ def serve(
         ServerError: no answer in time, or the server ended first.
     """
     port = free_port()
-    with log.open("wb") as output:
+    with (
+        log.open("wb") as output,
+        # Its sockets: vLLM leaves them where they were.
+        tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True) as sockets,
+    ):
         process = subprocess.Popen(
             [str(vllm_program()), "serve", str(model), "--port", str(port), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**CPU_SETTINGS, **os.environ, **(environment or {})},
+            env={
+                **CPU_SETTINGS,
+                "VLLM_RPC_BASE_PATH": sockets,
+                **os.environ,
+                **(environment or {}),
+            },
             start_new_session=True,  # a group of its own, so that all of it can be ended
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
-    try:
-        deadline = time.monotonic() + timeout
-        while not server.ready():
-            if process.poll() is not None:
-                causes = "\n".join(server.errors()[:3])
-                raise ServerError(
-                    f"vllm serve {model} ended with status {process.returncode}.\n{causes}\n"
-                    f"{log} ends:\n{server.log_tail()}"
-                )
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"vllm serve {model} did not answer within {timeout:.0f} s:\n"
-                    f"{server.log_tail()}"
-                )
-            time.sleep(0.5)
+        server = Server(f"http://127.0.0.1:{port}", process, log)
         try:
-            yield server
-        except Exception as error:  # the client's; what went wrong in the server is in the log
-            error.add_note(f"{log} ends:\n{server.log_tail()}")
-            raise
-    finally:
-        server.ended_by_itself = stop(process)
+            deadline = time.monotonic() + timeout
+            while not server.ready():
+                if process.poll() is not None:
+                    causes = "\n".join(server.errors()[:3])
+                    raise ServerError(
+                        f"vllm serve {model} ended with status {process.returncode}.\n{causes}\n"
+                        f"{log} ends:\n{server.log_tail()}"
+                    )
+                if time.monotonic() > deadline:
+                    raise ServerError(
+                        f"vllm serve {model} did not answer within {timeout:.0f} s:\n"
+                        f"{server.log_tail()}"
+                    )
+                time.sleep(0.5)
+            try:
+                yield server
+            except Exception as error:  # the client's; what went wrong in the server is in the log
+                error.add_note(f"{log} ends:\n{server.log_tail()}")
+                raise
+        finally:
+            server.ended_by_itself = stop(process)
 
 
 def stop(process: subprocess.Popen[bytes], *, patience: float = 30) -> bool:
