@@ -38,6 +38,7 @@ from cur_modifier.linalg.selection import (
     norm,
     qdeim,
     random,
+    select_rows,
     select_rows_and_columns,
 )
 from cur_modifier.linalg.subspace import Subspace, leading_subspace, lstsq, singular_values
@@ -84,6 +85,7 @@ __all__ = [
     "round_rank_down",
     "round_rank_up",
     "score",
+    "select_rows",
     "select_rows_and_columns",
     "shrunk",
     "singular_values",

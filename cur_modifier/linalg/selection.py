@@ -30,6 +30,7 @@ __all__ = [
     "norm",
     "qdeim",
     "random",
+    "select_rows",
     "select_rows_and_columns",
 ]
 
@@ -156,20 +157,14 @@ def select_rows_and_columns(
     Raises:
         ValueError: the matrix is not finite, or the rank is outside ``1..min(m, n)``.
     """
-    require_matrix(scored, "the scored matrix")
-    require_finite(scored, "the scored matrix")
-    scored = at_least_float32(scored)
+    scored = _checked(scored, rank)
     m, n = scored.shape
-    require_rank(rank, min(m, n), f"a {m}x{n} matrix")
     generator = torch.Generator().manual_seed(seed)
     if kind is Selection.RANDOM:
         rows, columns = random(m, rank, generator), random(n, rank, generator)
         return rows.to(scored.device), columns.to(scored.device)
     if kind is Selection.GREEDY:
-        A = scored.double()
-        by_rows = A if gram is None else apply_gram(A, gram_sqrt(gram))
-        by_columns = A.mT if outputs is None else apply_gram(A.mT, gram_sqrt(outputs))
-        return greedy(by_rows, rank, outputs), greedy(by_columns, rank, gram)
+        return _greedy(scored, rank, gram, outputs), _greedy(scored.mT, rank, outputs, gram)
     if kind is Selection.NORM:
         return norm(scored, rank), norm(scored.mT, rank)
     if kind in _BY_PIVOTS and not is_small(m, n, rank):
@@ -184,6 +179,44 @@ def select_rows_and_columns(
             return leverage_top(subspace.U), leverage_top(subspace.V)
         case Selection.LEVERAGE_SAMPLED:
             return leverage_sampled(subspace.U, generator), leverage_sampled(subspace.V, generator)
+
+
+def select_rows(
+    kind: Selection,
+    scored: torch.Tensor,
+    rank: int,
+    *,
+    seed: int = 0,
+    gram: torch.Tensor | None = None,
+    outputs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The rows alone, for a row ID: those of :func:`select_rows_and_columns`.
+
+    Cost: half of it for ``greedy``, which chooses each side by itself.
+
+    Raises:
+        ValueError: as there.
+    """
+    if kind is Selection.GREEDY:
+        return _greedy(_checked(scored, rank), rank, gram, outputs)
+    return select_rows_and_columns(kind, scored, rank, seed=seed)[0]
+
+
+def _greedy(
+    A: torch.Tensor, rank: int, gram: torch.Tensor | None, outputs: torch.Tensor | None
+) -> torch.Tensor:
+    """Rows of ``A`` that lower ``‖H^{1/2} (A − Â) G^{1/2}‖_F`` most."""
+    A = A.double()
+    return greedy(A if gram is None else apply_gram(A, gram_sqrt(gram)), rank, outputs)
+
+
+def _checked(scored: torch.Tensor, rank: int) -> torch.Tensor:
+    """A matrix that ``rank`` rows and columns can be chosen of, float32 at least."""
+    require_matrix(scored, "the scored matrix")
+    require_finite(scored, "the scored matrix")
+    m, n = scored.shape
+    require_rank(rank, min(m, n), f"a {m}x{n} matrix")
+    return at_least_float32(scored)
 
 
 def _aligned(V: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from cur_modifier.linalg import (
     interpolative,
     interpolative_aligned,
     score,
+    select_rows,
     select_rows_and_columns,
     singular_values,
 )
@@ -94,11 +95,12 @@ def factorize(
         return interpolative(wanted, rank, gram, noise=noise, outputs=outputs, blocks=blocks)
     # A greedy selection looks at the weight itself, in the norm of the fit.
     scored = W if recipe.scores is None else score(recipe.scores, W, second_moment)
+    if recipe.form is Form.ID:
+        rows = select_rows(recipe.selection, scored, rank, seed=seed, gram=gram, outputs=outputs)
+        return interpolative(W, rank, gram, rows=rows, noise=noise, target=target)
     rows, columns = select_rows_and_columns(
         recipe.selection, scored, rank, seed=seed, gram=gram, outputs=outputs
     )
-    if recipe.form is Form.ID:
-        return interpolative(W, rank, gram, rows=rows, noise=noise, target=target)
     return cur(W, rows, columns, gram, outputs=outputs, target=target)
 
 

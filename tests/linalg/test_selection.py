@@ -13,6 +13,7 @@ from cur_modifier.linalg import (
     norm,
     qdeim,
     random,
+    select_rows,
     select_rows_and_columns,
 )
 
@@ -145,6 +146,7 @@ def test_rows_and_columns_are_distinct_in_range_and_repeatable(kind, case, dtype
     again = select_rows_and_columns(kind, A, rank, seed=seed)
     assert torch.equal(rows, again[0])
     assert torch.equal(columns, again[1])
+    assert torch.equal(rows, select_rows(kind, A, rank, seed=seed))
     assert torch.equal(A, before)
 
 
@@ -181,6 +183,8 @@ def test_bad_input_is_named(kind):
     A[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"scored matrix.*NaN.*1 of 12"):
         select_rows_and_columns(kind, A, 2)
+    with pytest.raises(ValueError, match=r"scored matrix.*NaN.*1 of 12"):
+        select_rows(kind, A, 2)
     with pytest.raises(ValueError, match="scored matrix has shape"):
         select_rows_and_columns(kind, torch.ones(4), 2)
     for rank in (0, 4):

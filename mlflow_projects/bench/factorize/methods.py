@@ -22,6 +22,7 @@ from cur_modifier.linalg import (
     cur,
     interpolative,
     score,
+    select_rows,
     select_rows_and_columns,
 )
 
@@ -92,7 +93,7 @@ def cur_method(selection: Selection, *, fitted: bool = False) -> Method:
 def id_method(selection: Selection) -> Method:
     def run(W: torch.Tensor, mean_square: torch.Tensor, rank: int) -> Factors:
         scored = score(Score.WANDA, W, mean_square)
-        rows, _ = select_rows_and_columns(selection, scored, rank)
+        rows = select_rows(selection, scored, rank)
         return interpolative(W, rank, rows=rows)
 
     return run
