@@ -34,6 +34,23 @@ def loss(W, other, gram, outputs):
     return float(torch.einsum("ij,ik,kl,jl->", error, outputs, error, gram))
 
 
+@given(SEEDS, st.integers(1, 4))
+def test_a_metric_that_was_rounded_is_definite_when_damped(seed, tokens):
+    """Few tokens, of which one has massive gradients: rounding to 16 bits exceeds the damping."""
+    generator = seeded(seed)
+    g = gaussian(tokens, 200, generator) * (2 * gaussian(1, 200, generator)).exp()
+    exact = g.mT @ g
+    rounded = exact.to(torch.bfloat16)
+    found = damped(rounded, 1e-3)
+    assert not int(torch.linalg.cholesky_ex(found).info)
+    assert torch.linalg.norm(found - exact) < 0.01 * torch.linalg.norm(exact)
+    # Nothing is done to one that rounding left definite.
+    definite = exact + torch.eye(200) * exact.diagonal().max()
+    torch.testing.assert_close(
+        damped(definite, 0.5), definite + 0.5 * definite.diagonal().mean() * torch.eye(200)
+    )
+
+
 @given(SEEDS, SHAPES, st.booleans(), st.data())
 def test_low_rank_is_optimal_in_both_metrics(seed, shape, diagonal, data):
     W, gram, outputs, _ = problem(seed, shape)
