@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     with threadpool_limits(options.threads):  # SciPy's
         for shape in options.shapes:
             rows += compare(shape, options)
-    put_rows(options.output, rows)
+            put_rows(options.output, rows)  # an interruption costs the shape it falls in
     figure = options.output.with_suffix(".png")
     put_figure(figure, plot(rows))
     if not options.no_mlflow:
