@@ -224,7 +224,11 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row]) -> Any:
-    """Perplexity (log scale) over megabytes, a line for each way."""
+    """Perplexity over megabytes, both on log scales, a line for each way.
+
+    What has more than ten times the least perplexity is no model any more: such a point stands at
+    the upper edge, with its figure.
+    """
     from figures import BLUE, PALETTE, label_within_decades
     from matplotlib.figure import Figure
 
@@ -239,28 +243,39 @@ def plot(rows: Sequence[Row]) -> Any:
         else:
             way = "dense, bfloat16" if row["bits"] is None else "GPTQ alone"
         ways.setdefault(way, []).append(row)
+    highest = 10 * min(row["ppl_wikitext"] for row in rows)
     for way, found in ways.items():
         colour, marker, line = {
             "dense, bfloat16": ("black", "*", "-"),
             "GPTQ alone": (BLUE, "o", "-"),
         }.get(way) or next(styles)
         size = [row["bytes"] / 1e6 for row in found]
-        axes.plot(
-            size, [r["ppl_wikitext"] for r in found], line, color=colour, marker=marker, label=way
-        )
-        for x, row in zip(size, found, strict=True):
-            label = f"{row['bits']} bits" if row["ratio"] is None else f"{row['ratio']:g}"
-            if row["ratio"] is not None or row["bits"] is not None:
+        height = [min(row["ppl_wikitext"], highest) for row in found]
+        axes.plot(size, height, line, color=colour, marker=marker, label=way)
+        for x, y, row in zip(size, height, found, strict=True):
+            factored = row["ratio"] is not None
+            label = f"{row['ratio']:g}" if factored else f"{row['bits']} bits"
+            if y < row["ppl_wikitext"]:
+                label += f": {row['ppl_wikitext']:.0f} ↑"
+            if factored or row["bits"] is not None:
                 axes.annotate(
-                    label, (x, row["ppl_wikitext"]), xytext=(4, 5), textcoords="offset points"
+                    label,
+                    (x, y),
+                    xytext=(-5, -5) if factored else (5, 5),
+                    ha="right" if factored else "left",
+                    va="top" if factored else "bottom",
+                    textcoords="offset points",
                 )
     axes.set(
         xlabel="checkpoint on disk / MB",
         ylabel="perplexity on WikiText-2",
+        xscale="log",
         yscale="log",
         title="SmolLM2-135M at equal bytes",
     )
-    label_within_decades(axes.yaxis)
+    axes.margins(x=0.1, y=0.08)
+    for axis in (axes.xaxis, axes.yaxis):
+        label_within_decades(axis)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
