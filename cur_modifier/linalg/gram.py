@@ -241,10 +241,11 @@ def damped(metric: torch.Tensor, share: float, sizes: Sequence[int] | None = Non
         part.add_(share * part.mean() + torch.finfo(torch.float64).tiny ** 0.5)
     if H.ndim == 1:
         return raised
-    result = H + torch.diag(raised - diagonal)
+    damping = torch.diag(raised - diagonal)
+    result = H + damping
     if bool(torch.linalg.cholesky_ex(result).info) and bool(torch.isfinite(result).all()):
         values, vectors = torch.linalg.eigh(H)
-        result = (vectors * values.clamp_min(0)) @ vectors.mT + torch.diag(raised - diagonal)
+        result = (vectors * values.clamp_min(0)) @ vectors.mT + damping
     return result
 
 

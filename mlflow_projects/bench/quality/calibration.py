@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from cur_modifier.precision import half_products
 from quality.baselines import Inputs
 from quality.measure import peak_rss_bytes
 from quality.methods import Calibration
+from quality.results import replacing
 
 __all__ = ["input_statistics", "kept_statistics", "projections"]
 
@@ -99,14 +99,11 @@ def kept_statistics(model: Any, calibration: Calibration) -> dict[str, Inputs]:
     started = time.perf_counter()
     found = input_statistics(model, calibration.windows)
     if path is not None:
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        torch.save(
-            {
-                "statistics": {name: tuple(inputs) for name, inputs in found.items()},
-                "seconds": time.perf_counter() - started,
-                "peak_rss_bytes": peak_rss_bytes(),
-            },
-            partial,
-        )
-        partial.replace(path)
+        held = {
+            "statistics": {name: tuple(inputs) for name, inputs in found.items()},
+            "seconds": time.perf_counter() - started,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        with replacing(path) as partial:
+            torch.save(held, partial)
     return found

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "format_tables", "key", "plot", "put_figure", "put_row", "put_rows", "read_rows"]
+__all__ = [
+    "Row",
+    "format_tables",
+    "key",
+    "plot",
+    "put_figure",
+    "put_row",
+    "put_rows",
+    "read_rows",
+    "replacing",
+]
 
 Row = dict[str, Any]
 
@@ -54,15 +65,22 @@ def put_rows(path: Path, rows: Sequence[Row]) -> None:
     Under a temporary name, and renamed: an interrupted run leaves the file as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(rows, indent=2) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def put_figure(path: Path, figure: Any) -> None:
     """Write a matplotlib figure under a temporary name, and rename it."""
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, of the same ending; its file takes the place of ``path``
+    once it is whole."""
     partial = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(partial, dpi=150)
+    yield partial
     os.replace(partial, path)
 
 
