@@ -90,6 +90,7 @@ def test_compress_on_a_full_disk_leaves_nothing(
     ("change", "message"),
     [
         ({"recipe": "nothing"}, "no recipe nothing.*id_refined"),
+        ({"recipe": "{text}"}, "text.txt names no modifier"),
         ({"data": "/nowhere/text.txt"}, "no file or folder '/nowhere/text.txt'"),
         ({"samples": "0"}, "not a whole number"),
         ({"samples": "1.5"}, "not a whole number"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from llmcompressor import oneshot
 from llmcompressor.recipe import Recipe
 from safetensors import safe_open
-from support import NO_PROCESSOR, REPOSITORY, W8A8, Compress, load_script, recipe_text
+from support import NO_PROCESSOR, REPOSITORY, W8A8, Compress, load_script, recipe_text, refusal
 from transformers import AutoModelForCausalLM
 
 from cur_modifier.factored import FactoredLinear
@@ -61,6 +62,65 @@ def holds(saved: Any, given: Any) -> bool:
     if isinstance(given, dict):
         return all(key in saved and holds(saved[key], value) for key, value in given.items())
     return saved == given
+
+
+CUR = "    CURModifier: {form: id}\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("compress:\n  cur_modifiers:\n" + CUR, "pass over compress; .* ends in _stage"),
+        ("a_stage:\n  cur_modifier:\n" + CUR, "pass over cur_modifier; .* ends in _modifiers"),
+        ("a_stage:\n  cur_modifiers:\n    CURModifier:\n", "it is `CURModifier: {}`"),
+        ("a_stage:\n  cur_modifiers:\n  - CURModifier: {}\n", "cur_modifiers is no mapping"),
+        ("a_stage:\n  cur_modifiers:\n" + CUR.replace("form", "from"), "recipe.yaml: (?s:.*)from"),
+        ("a_stage:\n  cur_modifiers:\n    Unknown: {}\n", "recipe.yaml: .*Unknown"),
+        ("a_stage: [", "is not YAML"),
+        ("", "names no modifier"),
+        ("a_stage: {}", "names no modifier"),
+        ("a_stage: {run_type: oneshot}", "names no modifier"),
+        ("just words", "names no modifier"),
+    ],
+)
+def test_a_recipe_of_which_a_part_would_do_nothing_is_refused(
+    recipe: str, message: str, tmp_path: Path
+) -> None:
+    """llm-compressor says nothing of most of these, or ends with an AttributeError."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    with pytest.raises(ValueError, match=message):
+        load_script(REPOSITORY / "recipes" / "run.py").check_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"calibrate": "/nowhere/text.txt"}, "no file or folder '/nowhere/text.txt'"),
+        ({"samples": 4000}, "wiki.valid.raw: the text has .* but 4000 windows of 512 need"),
+        ({"samples": 0}, "not a whole number from 1"),
+        ({"evaluate": "/nowhere/text.txt"}, "no file or folder '/nowhere/text.txt'"),
+        ({"evaluate": "{text}", "windows": 4000}, "but 4000 windows of 1024 need"),
+        ({"model": "/nowhere/model"}, "no checkpoint at /nowhere/model"),
+        ({"output": "{text}"}, "is a file"),
+        ({"results": "{text}"}, "holds no results of recipes"),
+    ],
+)
+def test_bad_input_is_named_before_the_slow_part(
+    change: dict[str, str],
+    message: str,
+    bench_model: Path,
+    bench_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = bench_data / "wikitext2-raw" / "wiki.valid.raw"
+    given = {"model": bench_model, "calibrate": text, "output": tmp_path / "out", **change}
+    given = {key: str(value).format(text=text) for key, value in given.items()}
+    run = load_script(REPOSITORY / "recipes" / "run.py")
+    found = refusal(run, given, capsys, [str(REPOSITORY / "recipes" / "id.yaml")])
+    assert re.search(message, found), found
+    assert not (tmp_path / "out").exists()
 
 
 def test_compress_fixture_runs_recipe_text(tiny: Any, compress: Compress) -> None:

@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "tools"), str(HERE.parent / "mlflow_projects")]
+
+from arguments import count  # noqa: E402
+
+EVALUATION_LENGTH = 1024  # tokens a window
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -30,16 +35,96 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibrate", required=True, help="text to calibrate on")
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens a window")
+    parser.add_argument("--samples", type=count, default=32, help="calibration windows")
+    parser.add_argument("--sequence-length", type=count, default=512, help="tokens a window")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--evaluate", help="text to measure perplexity on")
-    parser.add_argument("--windows", type=int, default=24, help="evaluation windows of 1024 tokens")
+    parser.add_argument(
+        "--windows",
+        type=count,
+        default=24,
+        help=f"evaluation windows of {EVALUATION_LENGTH} tokens",
+    )
     parser.add_argument("--results", type=Path, help="JSON file that the result is added to")
     options = parser.parse_args(arguments)
     if not options.recipe.is_file():
         parser.error(f"no recipe {options.recipe}; see recipes/README.md for the list")
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"output {options.output} is a file. Name a folder.")
     return options
+
+
+def check(options: argparse.Namespace) -> str:
+    """What can be wrong with recipe, model, texts and results, before the slow part; returns what
+    transformers loads.
+
+    Raises:
+        OSError, ValueError: one of them is missing, unreadable or too short.
+    """
+    check_recipe(options.recipe)
+    if options.results:
+        read_results(options.results)
+    model_name = model_source(options.model)
+
+    from transformers import AutoTokenizer
+
+    from cur_modifier.data import read_documents, token_windows
+
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    wanted = [(options.calibrate, options.samples, options.sequence_length)]
+    if options.evaluate:
+        wanted.append((options.evaluate, options.windows, EVALUATION_LENGTH))
+    for text, windows, length in wanted:
+        try:
+            token_windows(read_documents(text), tokenizer, windows=windows, sequence_length=length)
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from None
+    return model_name
+
+
+def check_recipe(path: Path) -> None:
+    """Build the modifiers of a recipe, which checks their fields.
+
+    Raises:
+        ValueError: no YAML or JSON; a modifier or field that does not exist; a part that
+            llm-compressor would pass over without a word, by its name or its place.
+    """
+    import yaml
+    from llmcompressor.recipe import Recipe
+
+    import cur_modifier  # noqa: F401 - registers the stage
+
+    try:
+        given = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    stages = given if isinstance(given, dict) else {}
+    stages = {str(name): stage for name, stage in stages.items() if name != "args"}
+    for name, stage in stages.items():
+        _check_part(path, name, stage, "stage", "_stage")
+        # A text is an argument of the stage, such as `run_type: oneshot`.
+        groups = {str(n): group for n, group in stage.items() if not isinstance(group, str)}
+        for name, group in groups.items():
+            _check_part(path, name, group, "group of modifiers", "_modifiers")
+            for name, fields in group.items():
+                _check_part(path, name, fields, "modifier", "")
+    try:
+        modifiers = Recipe.create_instance(str(path)).modifiers if stages else []
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not modifiers:
+        raise ValueError(f"{path} names no modifier; see recipes/README.md for examples.")
+
+
+def _check_part(path: Path, name: str, part: Any, kind: str, ending: str) -> None:
+    if not name.endswith(ending):
+        raise ValueError(
+            f"{path}: llm-compressor would pass over {name}; the name of a {kind} ends in {ending}."
+        )
+    if not isinstance(part, dict):
+        raise ValueError(
+            f"{path}: {kind} {name} is no mapping. Without fields it is `{name}: {{}}`."
+        )
 
 
 def model_source(name: str) -> str:
@@ -148,8 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Compress, evaluate, print."""
     options = parse(arguments)
     try:
-        model_name = model_source(options.model)
-    except FileNotFoundError as error:
+        model_name = check(options)
+    except (OSError, ValueError) as error:
         sys.exit(f"run: {error}")
     seconds = compress(
         options.recipe,
@@ -171,7 +256,10 @@ def main(arguments: list[str] | None = None) -> None:
     }
     if options.evaluate:
         found = measure(
-            options.output, options.evaluate, windows=options.windows, sequence_length=1024
+            options.output,
+            options.evaluate,
+            windows=options.windows,
+            sequence_length=EVALUATION_LENGTH,
         )
         result["perplexity"] = round(found, 2)
     print(json.dumps(result, indent=2))
@@ -179,10 +267,26 @@ def main(arguments: list[str] | None = None) -> None:
         add_result(options.results, result)
 
 
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The results so far; none where there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        results: list[dict[str, Any]] = json.loads(path.read_text())
+        if not all("recipe" in result for result in results):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} holds no results of recipes. Name another file.") from None
+    return results
+
+
 def add_result(path: Path, result: dict[str, Any]) -> None:
     """Append to a JSON list, replacing an earlier result of the same recipe."""
-    results = json.loads(path.read_text()) if path.exists() else []
-    results = [r for r in results if r["recipe"] != result["recipe"]] + [result]
+    results = [r for r in read_results(path) if r["recipe"] != result["recipe"]] + [result]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=2) + "\n")

@@ -62,10 +62,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     import mlflow
     from registry import register
-    from run import compress, model_source, weight_bytes
+    from run import check_recipe, compress, model_source, weight_bytes
 
     from cur_modifier.data import read_documents
 
+    try:
+        check_recipe(options.recipe)
+    except ValueError as error:
+        sys.exit(f"compress: {error}")
     try:
         model = model_source(options.model)
     except FileNotFoundError as error:
