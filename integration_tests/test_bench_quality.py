@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from files import read_rows
 from quality.__main__ import main
 from quality.calibration import input_statistics, kept_statistics, projections
 from quality.methods import METHODS, Calibration
 from quality.protocol import calibration_windows, evaluation_windows
-from quality.results import read_rows
+from quality.results import key
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LAYERS = 3  # of bench_model; too few for CURing's ten
@@ -26,7 +27,7 @@ def run(bench_model: Path, bench_data: Path, tmp_path: Path) -> Any:
         status = main(
             [f"--model={bench_model}", f"--data={bench_data}", f"--output={output}", *arguments]
         )
-        return status, read_rows(output)
+        return status, read_rows(output, key)
 
     return command
 

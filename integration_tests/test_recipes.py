@@ -103,7 +103,7 @@ def test_a_recipe_of_which_a_part_would_do_nothing_is_refused(
         ({"evaluate": "{text}", "windows": 4000}, "but 4000 windows of 1024 need"),
         ({"model": "/nowhere/model"}, "no checkpoint at /nowhere/model"),
         ({"output": "{text}"}, "is a file"),
-        ({"results": "{text}"}, "holds no results of recipes"),
+        ({"results": "{text}"}, "not a list of measured rows"),
     ],
 )
 def test_bad_input_is_named_before_the_slow_part(

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tools"), str(HERE.parent / "mlflow_projects")]
 
 from arguments import count  # noqa: E402
+from files import put_row, read_rows  # noqa: E402
 
 EVALUATION_LENGTH = 1024  # tokens a window
 
@@ -63,7 +65,7 @@ def check(options: argparse.Namespace) -> str:
     """
     check_recipe(options.recipe)
     if options.results:
-        read_results(options.results)
+        read_rows(options.results, itemgetter("recipe"))
     model_name = model_source(options.model)
 
     from transformers import AutoTokenizer
@@ -264,33 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
         result["perplexity"] = round(found, 2)
     print(json.dumps(result, indent=2))
     if options.results:
-        add_result(options.results, result)
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The results so far; none where there is no file.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    if not path.exists():
-        return []
-    try:
-        results: list[dict[str, Any]] = json.loads(path.read_text())
-        if not all("recipe" in result for result in results):
-            raise ValueError
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} holds no results of recipes. Name another file.") from None
-    return results
-
-
-def add_result(path: Path, result: dict[str, Any]) -> None:
-    """Append to a JSON list, replacing an earlier result of the same recipe."""
-    results = [r for r in read_results(path) if r["recipe"] != result["recipe"]] + [result]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    partial.replace(path)
+        put_row(options.results, result, itemgetter("recipe"))
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for figures.py
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for files.py, figures.py
 
+from files import Row, put_figure, put_row, read_rows
 from quality.methods import BUDGET, ID
 from quality.protocol import DATA, REPOSITORY, WIKI_TEST, WIKI_VALID, model_directory
-from quality.results import Row, put_figure, put_row, read_rows
 
 OUTPUT = Path("bench_out/stacking.json")
 DENSE_GROUP, FACTORED_GROUP = 64, 32

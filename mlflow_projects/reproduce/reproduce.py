@@ -34,6 +34,7 @@ sys.path[:0] = [
 
 from arguments import check_output, count, elsewhere, whole  # noqa: E402
 from experiments import EXPERIMENTS, Case, Experiment  # noqa: E402
+from files import put_figure, replacing  # noqa: E402
 
 NAMES = (*EXPERIMENTS, "weights")
 SETTINGS = ("model", "samples", "windows", "sequence_length", "layers", "seed")
@@ -101,7 +102,7 @@ def _experiment(
             found = case.labels | harness.measure(case.settings, case.calibrate, experiment.texts)
         rows.append(found)
         _write(file, json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
-    _put_figure(options.output / f"{options.experiment}.png", experiment.figure(rows))
+    _log_figure(options.output / f"{options.experiment}.png", experiment.figure(rows))
     section = _section(options, experiment.question, rows, experiment.findings(rows))
     mlflow.log_text(section, f"{options.experiment}.md")
     mlflow.log_table({key: [row[key] for row in rows] for key in rows[0]}, "rows.json")
@@ -231,7 +232,7 @@ def _weights(source: str, options: argparse.Namespace) -> None:
         ("decay.png", decay(spectra)),
         ("structure.png", structure(maps, shown)),
     ):
-        _put_figure(options.output / file, figure)
+        _log_figure(options.output / file, figure)
     mlflow.log_table({key: [row[key] for row in rows] for key in rows[0]}, "rows.json")
     summary = [
         {"projection": projection}
@@ -279,18 +280,17 @@ def _read(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return held["rows"]
 
 
-def _put_figure(file: Path, figure: Any) -> None:
+def _log_figure(file: Path, figure: Any) -> None:
     """Beside the rows, and into the run."""
     import mlflow
 
-    figure.savefig(file, dpi=120)
+    put_figure(file, figure)
     mlflow.log_artifact(str(file))
 
 
 def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
-    partial.replace(file)
+    with replacing(file) as partial:
+        partial.write_text(text)
 
 
 def _section(

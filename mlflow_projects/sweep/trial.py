@@ -19,6 +19,8 @@ sys.path[:0] = [
     str(folder) for folder in (PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
 ]
 
+from files import replacing  # noqa: E402
+
 
 def measure(given: dict[str, Any]) -> dict[str, Any]:
     """Compress by the recipe, save, load again, and measure; returns what the study wants."""
@@ -73,6 +75,5 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     request = Path(sys.argv[1])
     result = measure(json.loads(request.read_text()))
-    partial = request.with_name("result.partial")
-    partial.write_text(json.dumps(result))
-    partial.replace(request.with_name("result.json"))
+    with replacing(request.with_name("result.json")) as partial:
+        partial.write_text(json.dumps(result))

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from files import Row, put_row, read_rows
 from quality.__main__ import jobs, main, parse
 from quality.methods import METHODS
 from quality.protocol import missing_files
-from quality.results import Row, format_tables, key, plot, put_row, read_rows
+from quality.results import format_tables, key, plot
 
 
 def row(method: str = "svd", ratio: float | None = 0.8, ppl: float = 20.0, **fields: object) -> Row:
@@ -44,12 +45,12 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_rows_of_the_same_measurement_are_replaced_and_others_stay(tmp_path: Path) -> None:
     path = tmp_path / "new" / "quality.json"
-    assert read_rows(path) == []
+    assert read_rows(path, key) == []
     first = [row(), row(ratio=0.9), row("curing", None), row(calibration="c4")]
     for one in first:
-        put_row(path, one)
+        put_row(path, one, key)
     again = row(ppl=19.0)
-    put_row(path, again)
+    put_row(path, again, key)
     assert json.loads(path.read_text()) == [*first[1:], again]
     assert [p.name for p in path.parent.iterdir()] == ["quality.json"]
 
@@ -107,7 +108,7 @@ def test_what_exists_is_not_measured_again(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "quality.json"
-    put_row(output, row())
+    put_row(output, row(), key)
     arguments = ["--methods=svd", "--ratios=0.80", "--calibrations=wikitext"]
     assert main([*arguments, f"--data={data}", f"--output={output}"]) == 0
     printed = capsys.readouterr().out

@@ -28,7 +28,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from arguments import check_output, count, names
-from quality.results import Row, put_figure, put_rows
+from files import Row, put_figure, put_rows
 from threadpoolctl import threadpool_limits
 
 from cur_modifier.linalg import gram_norm

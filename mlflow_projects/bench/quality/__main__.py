@@ -22,12 +22,14 @@ from pathlib import Path
 
 if not __package__:  # run as a folder: let its modules find each other by the package's name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for figures.py
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for files.py, figures.py
+
+from files import put_figure, put_row, read_rows
 
 from quality.measure import Job, measure_apart
 from quality.methods import METHODS
 from quality.protocol import CALIBRATIONS, DATA, RATIOS, missing_files
-from quality.results import format_tables, key, plot, put_figure, put_row, read_rows
+from quality.results import format_tables, key, plot
 
 OUTPUT = Path("bench_out/quality.json")
 HELD_OUT_OUTPUT = Path("bench_out/quality_held_out.json")
@@ -77,7 +79,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--model {options.model} is not a model's directory: no config.json in it.")
     options.output = options.output or (HELD_OUT_OUTPUT if options.held_out else OUTPUT)
     try:
-        read_rows(options.output)
+        read_rows(options.output, key)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -89,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Inherited by the processes that measure: there, bars and warnings are enough.
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    known = set() if options.again else {key(row) for row in read_rows(options.output)}
+    known = set() if options.again else {key(row) for row in read_rows(options.output, key)}
     wanted = jobs(options)
     todo = [job for job in wanted if (job.method, job.ratio, job.calibration) not in known]
     print(f"{len(todo)} rows to measure, {len(wanted) - len(todo)} in {options.output} already")
@@ -100,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("Interrupted. The rows so far are kept: the same command continues.")
             return 130
-    rows = read_rows(options.output)
+    rows = read_rows(options.output, key)
     if rows:
         figure = options.output.with_suffix(".png")
         put_figure(figure, plot(rows, list(METHODS)))
@@ -121,7 +123,7 @@ def measure_all(todo: Sequence[Job], output: Path) -> list[Job]:
             failed.append(job)
             print(f"    failed: {error}", flush=True)
             continue
-        put_row(output, row)
+        put_row(output, row, key)
         figures = ", ".join(f"{k} {v:.2f}" for k, v in row.items() if k.startswith("ppl_"))
         print(
             f"    {figures}, stored {row['stored_ratio']:.4f}, {row['seconds']:.0f} s, "

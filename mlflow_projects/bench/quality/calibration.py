@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from files import replacing
 from torch import nn
 from tqdm import tqdm
 
@@ -16,7 +17,6 @@ from cur_modifier.precision import half_products
 from quality.baselines import Inputs
 from quality.measure import peak_rss_bytes
 from quality.methods import Calibration
-from quality.results import replacing
 
 __all__ = ["input_statistics", "kept_statistics", "projections"]
 

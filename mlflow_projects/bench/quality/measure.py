@@ -11,9 +11,10 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from files import Row
+
 from quality.methods import METHODS, Calibration
 from quality.protocol import calibration_windows, evaluation_windows, model_directory
-from quality.results import Row
 
 __all__ = ["Job", "measure", "measure_apart", "peak_rss_bytes"]
 

@@ -1,27 +1,13 @@
-"""Finished rows: a JSON list on disk, the tables that are printed of it, and their plot."""
+"""Finished rows of protocol P: the tables that are printed of them, and their plot."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = [
-    "Row",
-    "format_tables",
-    "key",
-    "plot",
-    "put_figure",
-    "put_row",
-    "put_rows",
-    "read_rows",
-    "replacing",
-]
+from files import Row
 
-Row = dict[str, Any]
+__all__ = ["format_tables", "key", "plot"]
 
 TEXTS = "ppl_"  # every perplexity is in a field of this prefix
 
@@ -29,59 +15,6 @@ TEXTS = "ppl_"  # every perplexity is in a field of this prefix
 def key(row: Row) -> tuple[str, float | None, str]:
     """What a row measures: method, ratio (None where the method has its own) and calibration."""
     return row["method"], row["ratio"], row["calibration"]
-
-
-def read_rows(path: Path, key: Callable[[Row], object] = key) -> list[Row]:
-    """The rows in a file, none where there is no file.
-
-    Args:
-        key: what a row measures.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    if not path.exists():
-        return []
-    try:
-        rows = json.loads(path.read_text())
-        for row in rows:
-            key(row)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a list of measured rows ({error!r}). Move it away, or write elsewhere "
-            "with --output."
-        ) from None
-    return rows
-
-
-def put_row(path: Path, row: Row, key: Callable[[Row], object] = key) -> None:
-    """Add a row in place of an earlier one that measured the same."""
-    put_rows(path, [other for other in read_rows(path, key) if key(other) != key(row)] + [row])
-
-
-def put_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write all rows.
-
-    Under a temporary name, and renamed: an interrupted run leaves the file as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def put_figure(path: Path, figure: Any) -> None:
-    """Write a matplotlib figure under a temporary name, and rename it."""
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, of the same ending; its file takes the place of ``path``
-    once it is whole."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    yield partial
-    os.replace(partial, path)
 
 
 def format_tables(rows: Sequence[Row], methods: Sequence[str]) -> str:

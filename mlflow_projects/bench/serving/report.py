@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quality.results import Row
+from files import Row
 
 from serving.forms import Variant
 

@@ -1,0 +1,67 @@
+"""What the projects keep on disk: rows of figures as JSON, and plots; each whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Row", "put_figure", "put_row", "put_rows", "read_rows", "replacing"]
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path, key: Callable[[Row], object]) -> list[Row]:
+    """The rows in a file, none where there is no file.
+
+    Args:
+        key: what a row measures.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows: list[Row] = json.loads(path.read_text())
+        for row in rows:
+            key(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a list of measured rows ({error!r}). Move it away, or name another "
+            "file."
+        ) from None
+    return rows
+
+
+def put_row(path: Path, row: Row, key: Callable[[Row], object]) -> None:
+    """Add a row in place of an earlier one that measured the same."""
+    put_rows(path, [other for other in read_rows(path, key) if key(other) != key(row)] + [row])
+
+
+def put_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write all rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def put_figure(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure."""
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, of the same ending; its file takes the place of ``path``
+    once it is whole."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
