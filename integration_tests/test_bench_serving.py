@@ -20,6 +20,7 @@ TINY = {
 }
 FIELDS = {
     "model": "tiny",
+    "dtype": "float32",
     "form": "id",
     "ratio": 0.5,
     "quantization": None,
@@ -32,9 +33,9 @@ def test_rows_are_measured_kept_drawn_and_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(MODELS, "tiny", TINY)
-    monkeypatch.setattr(bench, "PHASES", [("decode", 1), ("prefill", 8)])
     output = tmp_path / "serving.json"
-    given = ["--models=tiny", "--variants=id-0.5", "--repetitions=1", f"--output={output}"]
+    given = ["--models=tiny", "--variants=id-0.5", "--phases=load-1,decode-1,prefill-8"]
+    given += ["--dtype=float32", "--repetitions=1", f"--output={output}"]
     assert bench.main(given) == 0
     loading, *rows = json.loads(output.read_text())
     assert (loading["phase"], loading["batch"]) == ("load", 1)
@@ -50,7 +51,9 @@ def test_rows_are_measured_kept_drawn_and_logged(
     assert "id-0.5" in capsys.readouterr().out
     [run] = mlflow.search_runs(experiment_names=["cur_modifier-serving"], output_format="list")
     speed = rows[0]["speedup_over_dense"]
-    assert run.data.metrics["tiny/id-0.5/decode-1/speedup_over_dense"] == pytest.approx(speed)
+    assert run.data.metrics["tiny-float32/id-0.5/decode-1/speedup_over_dense"] == pytest.approx(
+        speed
+    )
 
     before = output.read_text()
     assert bench.main(given) == 0  # all is there: no engine is started
@@ -63,10 +66,10 @@ def test_a_quantized_variant_is_made_and_one_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(MODELS, "tiny", TINY)
-    monkeypatch.setattr(bench, "PHASES", [])  # loading alone
     monkeypatch.setitem(VARIANTS, "none", Variant("id", 0.001))  # no rank is that small
     output = tmp_path / "serving.json"
     given = ["--models=tiny", "--variants=none,dense-W4A16", "--repetitions=1", "--no-mlflow"]
+    given += ["--phases=load-1"]
     assert bench.main([*given, f"--output={output}"]) == 1
     [row] = json.loads(output.read_text())
     assert row["quantization"] == "W4A16" and row["phase"] == "load"
@@ -80,7 +83,7 @@ def test_a_model_that_does_not_load_is_reported(
 ) -> None:
     with (
         pytest.raises(EOFError),
-        bench.engine(tmp_path / "nothing"),
+        bench.engine(tmp_path / "nothing", "float32"),
     ):
         pass
     assert "nothing" in (tmp_path / "nothing.log").read_text()
@@ -91,6 +94,7 @@ def test_a_model_that_does_not_load_is_reported(
     [
         (["--variants=id-0.4"], "unknown id-0.4; choose from id-0.8"),
         (["--models=gpt"], "unknown gpt; choose from llama-1b, smollm2"),
+        (["--phases=decode"], "unknown decode; choose from load-1, decode-1"),
         (["--repetitions=0"], "at least 1 is needed"),
     ],
 )

@@ -11,6 +11,9 @@ in memory. Decode: 16 tokens behind prompts of 16, at batch 8 and 32, and 64 tok
 Prefill: prompts of 512, at batch 1 and 8. The linear layers' share of the time is from as many
 profiles; with them comes their own speed-up, to be compared with the bytes that they no longer
 read. A row that exists is kept, so an interrupted run continues.
+
+Both engines run in bfloat16, or in float32 where the processor has no units for bfloat16 and would
+emulate it.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ from serving.report import log_run, plot, table
 
 OUTPUT = Path("bench_out/serving.json")
 LOAD = ("load", 1)
-PHASES = [("decode", 1), ("decode", 8), ("decode", 32), ("prefill", 1), ("prefill", 8)]
+PHASES = [LOAD, ("decode", 1), ("decode", 8), ("decode", 32), ("prefill", 1), ("prefill", 8)]
+DTYPES = ("bfloat16", "float32")
+KEY = ("model", "dtype", "form", "ratio", "quantization", "phase", "batch")  # of a row
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -66,10 +71,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--variants", type=_names(VARIANTS), default=DEFAULT, help=", ".join(VARIANTS)
     )
+    named = {f"{phase}-{batch}": (phase, batch) for phase, batch in PHASES}
+    parser.add_argument("--phases", type=_names(named), default=list(named), help=", ".join(named))
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"JSON file [{OUTPUT}]")
     parser.add_argument("--no-mlflow", action="store_true", help="log nothing")
     options = parser.parse_args(arguments)
+    options.phases = [named[name] for name in options.phases]
     if options.repetitions < 1:
         parser.error(f"--repetitions {options.repetitions}: at least 1 is needed.")
     try:
@@ -85,13 +94,15 @@ def main(arguments: list[str] | None = None) -> int:
     vllm_program()  # or say now how to get one
     rows = read_rows(options.output, key)
     known = {key(row) for row in rows}
+    if options.dtype == "auto":
+        options.dtype = own_dtype()
     failed = []
     for model in options.models:
         missing = {
             name: [
                 phase
-                for phase in (LOAD, *PHASES)
-                if (model, *asdict(VARIANTS[name]).values(), *phase) not in known
+                for phase in options.phases
+                if (model, options.dtype, *asdict(VARIANTS[name]).values(), *phase) not in known
             ]
             for name in options.variants
         }
@@ -135,9 +146,12 @@ def measure_model(
             make_checkpoint(model, variant, directory)
             rows = []
             if LOAD in phases:
-                rows.append(compare_loading(directory, dense, options.repetitions))
+                rows.append(compare_loading(directory, dense, options.dtype, options.repetitions))
             if speeds := [phase for phase in phases if phase != LOAD]:
-                with engine(directory) as (own, said), engine(dense) as (beside, _):
+                with (
+                    engine(directory, options.dtype) as (own, said),
+                    engine(dense, options.dtype) as (beside, _),
+                ):
                     found = compare(own, beside, speeds, options.repetitions)
                 rows += [row | said for row in found]
         except (EOFError, OSError, RuntimeError, ValueError) as error:
@@ -147,6 +161,7 @@ def measure_model(
         for row in rows:
             row |= {
                 "model": model,
+                "dtype": options.dtype,
                 **asdict(variant),
                 "weight_bytes": weight_bytes(directory),
                 "dense_bytes": weight_bytes(dense),
@@ -170,13 +185,13 @@ def described(row: Row) -> str:
     )
 
 
-def compare_loading(own: Path, dense: Path, repetitions: int) -> Row:
+def compare_loading(own: Path, dense: Path, dtype: str, repetitions: int) -> Row:
     """Both checkpoints in turn, each in a process that ends when the weights are ready."""
     pairs = []
     for _ in range(repetitions):
         seconds = []
         for model in (own, dense):
-            with engine(model, only_load=True) as (_, loaded):
+            with engine(model, dtype, only_load=True) as (_, loaded):
                 seconds.append(loaded["load_seconds"])
         pairs.append(seconds)
     ratios = [theirs / mine for mine, theirs in pairs]
@@ -236,7 +251,9 @@ def ask(engine: Connection, method: str, *arguments: Any) -> dict[str, float]:
 
 
 @contextmanager
-def engine(model: Path, *, only_load: bool = False) -> Iterator[tuple[Connection, dict[str, Any]]]:
+def engine(
+    model: Path, dtype: str, *, only_load: bool = False
+) -> Iterator[tuple[Connection, dict[str, Any]]]:
     """A vLLM engine in a process of the serving environment, and what it said first; with
     ``only_load`` that is all that there is. Its log is beside the model.
 
@@ -249,7 +266,8 @@ def engine(model: Path, *, only_load: bool = False) -> Iterator[tuple[Connection
     ours, theirs = Pipe()
     with log.open("wb") as output, ours:
         process = subprocess.Popen(
-            [str(python), str(script), str(model), str(theirs.fileno()), *["load"] * only_load],
+            [str(python), str(script), str(model), dtype, str(theirs.fileno())]
+            + ["load"] * only_load,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=CPU_SETTINGS | dict(os.environ),
@@ -271,7 +289,19 @@ def _ends(folder: Path) -> str:
 
 def key(row: Row) -> tuple[Any, ...]:
     """What a row measures."""
-    return tuple(row[k] for k in ("model", "form", "ratio", "quantization", "phase", "batch"))
+    return tuple(
+        row[k] for k in ("model", "dtype", "form", "ratio", "quantization", "phase", "batch")
+    )
+
+
+def own_dtype() -> str:
+    """What a user would serve in, on this device."""
+    import torch
+
+    from cur_modifier.precision import has_bfloat16_units
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return DTYPES[not has_bfloat16_units(device)]
 
 
 def _names(known: Any) -> Any:

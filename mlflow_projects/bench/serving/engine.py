@@ -1,6 +1,6 @@
 """One vLLM engine that is measured on demand, in the environment that serves.
 
-    python engine.py MODEL DESCRIPTOR [load]
+    python engine.py MODEL DTYPE DESCRIPTOR [load]
 
 says on the connection behind that file descriptor that it is ready, and answers requests until the
 other side hangs up; with `load` it says what loading took, and ends. The engine runs in this
@@ -51,11 +51,11 @@ def read_once(model: Path) -> None:
                 pass
 
 
-def make(model: str) -> LLM:
+def make(model: str, dtype: str) -> LLM:
     """vLLM with its defaults, but for what the measured phases need."""
     return LLM(
         model,
-        dtype="bfloat16",
+        dtype=dtype,
         skip_tokenizer_init=True,
         max_model_len=PREFILL + 16,
         max_num_seqs=LARGEST_BATCH,
@@ -64,7 +64,7 @@ def make(model: str) -> LLM:
     )
 
 
-def load_seconds(model: str) -> float:
+def load_seconds(model: str, dtype: str) -> float:
     """What vLLM takes to read the weights, from memory, and to prepare them."""
     read_once(Path(model))
     seconds = []
@@ -78,7 +78,7 @@ def load_seconds(model: str) -> float:
         raise Loaded
 
     with mock.patch.object(BaseModelLoader, "load_model", timed), suppress(Loaded):
-        make(model)
+        make(model, dtype)
     return seconds[0]
 
 
@@ -90,8 +90,8 @@ def decode_steps(batch: int) -> int:
 class Engine:
     """A model that is ready to be measured."""
 
-    def __init__(self, model: str) -> None:
-        self.llm = make(model)
+    def __init__(self, model: str, dtype: str) -> None:
+        self.llm = make(model, dtype)
         self.vocabulary = self.llm.model_config.get_vocab_size()
         self._generator = torch.Generator().manual_seed(0)
 
@@ -136,13 +136,13 @@ class Engine:
         return {"linear": linear, "head": head, "whole": whole}
 
 
-def main(model: str, descriptor: str, only: str = "") -> None:
+def main(model: str, dtype: str, descriptor: str, only: str = "") -> None:
     """Answer requests: ``(method, arguments)``, until there are no more."""
     with Connection(int(descriptor)) as connection:
         if only == "load":
-            connection.send({"vllm": _version(), "load_seconds": load_seconds(model)})
+            connection.send({"vllm": _version(), "load_seconds": load_seconds(model, dtype)})
             return
-        engine = Engine(model)
+        engine = Engine(model, dtype)
         connection.send({"vllm": _version()})
         while True:
             try:

@@ -24,6 +24,11 @@ def name_of(row: Row) -> str:
     return str(Variant(row["form"], row["ratio"], row["quantization"]))
 
 
+def model_of(row: Row) -> str:
+    """The model of a row, with the dtype where it is not the usual one."""
+    return row["model"] if row["dtype"] == "bfloat16" else f"{row['model']}-{row['dtype']}"
+
+
 def machine() -> str:
     """Processor and cores."""
     model = platform.processor() or platform.machine()
@@ -39,16 +44,16 @@ def table(rows: Sequence[Row]) -> str:
     layers' own."""
     phases = list(dict.fromkeys((r["phase"], r["batch"]) for r in rows if r["phase"] != "load"))
     lines = [f"Speed ÷ dense, on {machine()}; (linear layers alone)"]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        header = f"{model:<16}{'bytes':>7}{'load':>6}"
+    for model in dict.fromkeys(map(model_of, rows)):
+        own = [row for row in rows if model_of(row) == model]
+        header = f"{model:<18}{'bytes':>7}{'load':>6}"
         lines += ["", header + "".join(f"{f'{p} {b}':>15}" for p, b in phases)]
         for variant in dict.fromkeys(map(name_of, own)):
             found = {(r["phase"], r["batch"]): r for r in own if name_of(r) == variant}
             some = next(iter(found.values()))
             loaded = found.get(("load", 1))
             load = f"{loaded['speedup_over_dense']:.2f}" if loaded else ""
-            line = f"{variant:<16}{some['projection_bytes_ratio']:>7.3f}{load:>6}"
+            line = f"{variant:<18}{some['projection_bytes_ratio']:>7.3f}{load:>6}"
             for phase in phases:
                 row = found.get(phase)
                 cell = (
@@ -64,7 +69,7 @@ def plot(rows: Sequence[Row]) -> Any:
     import numpy as np
     from matplotlib.figure import Figure
 
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = list(dict.fromkeys(map(model_of, rows)))
     figure = Figure(figsize=(10, 4 * len(models)), layout="constrained")
     panels = figure.subplots(len(models), 2, squeeze=False)
     for model, line in zip(models, panels, strict=True):
@@ -72,7 +77,7 @@ def plot(rows: Sequence[Row]) -> Any:
             shown = [
                 row
                 for row in rows
-                if (row["model"], row["phase"], row["batch"]) == (model, phase, 1)
+                if (model_of(row), row["phase"], row["batch"]) == (model, phase, 1)
             ]
             for row in shown:
                 style: dict[str, Any] = {
@@ -113,7 +118,7 @@ def log_run(rows: Sequence[Row], results: Path, figure: Path) -> None:
     with mlflow.start_run(experiment_id=experiment, run_name="bench-serving"):
         mlflow.log_params({"machine": machine(), "vllm": rows[-1]["vllm"]})
         for row in rows:
-            where = f"{row['model']}/{name_of(row)}/{row['phase']}-{row['batch']}"
+            where = f"{model_of(row)}/{name_of(row)}/{row['phase']}-{row['batch']}"
             for what in ("tokens_per_second", "speedup_over_dense", "linear_speedup"):
                 if row.get(what) is not None:
                     mlflow.log_metric(f"{where}/{what}", row[what])
