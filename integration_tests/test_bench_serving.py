@@ -33,6 +33,7 @@ def test_rows_are_measured_kept_drawn_and_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(MODELS, "tiny", TINY)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     output = tmp_path / "serving.json"
     given = ["--models=tiny", "--variants=id-0.5", "--phases=load-1,decode-1,prefill-8"]
     given += ["--dtype=float32", "--repetitions=1", f"--output={output}"]
@@ -43,6 +44,7 @@ def test_rows_are_measured_kept_drawn_and_logged(
     assert [(row["phase"], row["batch"]) for row in rows] == [("decode", 1), ("prefill", 8)]
     for row in rows:
         assert {name: row[name] for name in FIELDS} == FIELDS
+        assert row["environment"]["OMP_WAIT_POLICY"] == "PASSIVE"
         assert row["tokens_per_second"] > 0 and row["speedup_over_dense"] > 0
         assert 0 < row["linear_share"] < 1
         assert 0 < row["weight_bytes"] < row["dense_bytes"]
