@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["half_products", "has_bfloat16_units"]
+__all__ = ["computed_dtype", "half_products", "has_bfloat16_units"]
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
@@ -19,6 +19,14 @@ def has_bfloat16_units(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return True
+
+
+def computed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or float32 for bfloat16 where the present device emulates it: the accelerator, or
+    the CPU where there is none."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    emulated = dtype is torch.bfloat16 and not has_bfloat16_units(device)
+    return torch.float32 if emulated else dtype
 
 
 def half_products(dtype: torch.dtype, device: torch.device) -> torch.autocast:

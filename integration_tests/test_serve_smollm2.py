@@ -31,13 +31,13 @@ from support import (
     REPOSITORY,
     ROUND_TO_NEAREST,
     W8A8,
-    load_script,
     recipe_text,
     run_project,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cur_modifier.data import calibration_dataset
+from cur_modifier.precision import computed_dtype
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
@@ -96,13 +96,13 @@ def checkpoints(
     """The dense model and what the recipes make of it."""
     folder = tmp_path_factory.mktemp("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    working_dtype = load_script(REPOSITORY / "recipes" / "run.py").working_dtype
     paths = {"dense": smollm2}
     for name, (recipe, dtype) in CHECKPOINTS.items():
-        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=working_dtype(dtype))
+        stored = getattr(torch, dtype)
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=computed_dtype(stored))
         oneshot(model=model, dataset=data, recipe=recipe)
         paths[name] = folder / name
-        model.to(getattr(torch, dtype)).save_pretrained(paths[name], save_compressed=True)
+        model.to(stored).save_pretrained(paths[name], save_compressed=True)
         tokenizer.save_pretrained(paths[name])
     return paths
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "put_figure", "put_row", "put_rows", "read_rows", "replacing"]
+__all__ = ["Row", "put_figure", "put_row", "put_rows", "put_text", "read_rows", "replacing"]
 
 Row = dict[str, Any]
 
@@ -45,8 +45,13 @@ def put_row(path: Path, row: Row, key: Callable[[Row], object]) -> None:
 def put_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write all rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    put_text(path, json.dumps(rows, indent=2) + "\n")
+
+
+def put_text(path: Path, text: str) -> None:
+    """Write a text."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(rows, indent=2) + "\n")
+        partial.write_text(text)
 
 
 def put_figure(path: Path, figure: Any) -> None:

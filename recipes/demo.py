@@ -59,8 +59,9 @@ def main() -> None:
     """Dense, then each recipe without and with its quantization stage, then one of them served."""
     started = time.perf_counter()
     check_serving()
+    import torch
     import yaml
-    from run import compress, save_dense, weight_bytes, working_dtype
+    from run import compress, save_dense, weight_bytes
     from smollm2 import smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -68,8 +69,10 @@ def main() -> None:
     from cur_modifier.data import read_documents, token_windows
     from cur_modifier.evaluate import perplexity
     from cur_modifier.modifiers.report import parameter_count
+    from cur_modifier.precision import computed_dtype
 
     logging.set_verbosity_error()
+    dtype = computed_dtype(torch.bfloat16)
     source = str(smollm2())
     tokenizer = AutoTokenizer.from_pretrained(source)
     calibration, held_out = write_reference_text(OUT / "text", tokenizer)
@@ -80,7 +83,7 @@ def main() -> None:
     answers: dict[str, list[str]] = {}
 
     def measure(label: str, directory: str | Path, seconds: float | None) -> float:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=working_dtype("bfloat16"))
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         counted = parameter_count(model) if seconds is None else parameters[label]
         value = perplexity(model, windows).perplexity
         rows.append(Row(label, weight_bytes(directory) / 1e6, counted, value, seconds))

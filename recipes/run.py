@@ -16,10 +16,7 @@ import sys
 import time
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tools"), str(HERE.parent / "mlflow_projects")]
@@ -101,25 +98,26 @@ def check_recipe(path: Path) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     stages = given if isinstance(given, dict) else {}
-    stages = {str(name): stage for name, stage in stages.items() if name != "args"}
-    for name, stage in stages.items():
-        _check_part(path, name, stage, "stage", "_stage")
-        # A text is an argument of the stage, such as `run_type: oneshot`.
-        groups = {str(n): group for n, group in stage.items() if not isinstance(group, str)}
-        for name, group in groups.items():
-            _check_part(path, name, group, "group of modifiers", "_modifiers")
-            for name, fields in group.items():
-                _check_part(path, name, fields, "modifier", "")
+    for stage, groups in stages.items():
+        if stage == "args":
+            continue
+        _check_part(path, stage, groups, "stage", "_stage")
+        for group, modifiers in groups.items():
+            if isinstance(modifiers, str):  # an argument of the stage, such as `run_type: oneshot`
+                continue
+            _check_part(path, group, modifiers, "group of modifiers", "_modifiers")
+            for modifier, fields in modifiers.items():
+                _check_part(path, modifier, fields, "modifier", "")
     try:
-        modifiers = Recipe.create_instance(str(path)).modifiers if stages else []
+        found = Recipe.create_instance(str(path)).modifiers if stages else []
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if not modifiers:
+    if not found:
         raise ValueError(f"{path} names no modifier; see recipes/README.md for examples.")
 
 
-def _check_part(path: Path, name: str, part: Any, kind: str, ending: str) -> None:
-    if not name.endswith(ending):
+def _check_part(path: Path, name: Any, part: Any, kind: str, ending: str) -> None:
+    if not str(name).endswith(ending):
         raise ValueError(
             f"{path}: llm-compressor would pass over {name}; the name of a {kind} ends in {ending}."
         )
@@ -162,7 +160,8 @@ def compress(
 ) -> float:
     """Calibrate, compress and save; returns the seconds that ``oneshot`` took.
 
-    ``dtype`` is that of the checkpoint; see :func:`working_dtype` for that of the work.
+    ``dtype`` is that of the checkpoint; the work is done in float32 where bfloat16 would be
+    emulated at a fraction of its speed.
     """
     import torch
     from llmcompressor import oneshot
@@ -170,29 +169,20 @@ def compress(
 
     import cur_modifier  # noqa: F401 - registers the stage and the quantizer
     from cur_modifier.data import calibration_dataset
+    from cur_modifier.precision import computed_dtype
 
+    wanted = getattr(torch, dtype)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     dataset = calibration_dataset(
         calibrate, tokenizer, samples=samples, sequence_length=sequence_length
     )
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=working_dtype(dtype))
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=computed_dtype(wanted))
     started = time.perf_counter()
     oneshot(model=model, dataset=dataset, recipe=str(recipe))
     seconds = time.perf_counter() - started
-    model.to(getattr(torch, dtype)).save_pretrained(output, save_compressed=True)
+    model.to(wanted).save_pretrained(output, save_compressed=True)
     tokenizer.save_pretrained(output)
     return seconds
-
-
-def working_dtype(dtype: str) -> torch.dtype:
-    """``dtype``, or float32 where the device emulates bfloat16 at a fraction of its speed."""
-    import torch
-
-    from cur_modifier.precision import has_bfloat16_units
-
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    emulated = dtype == "bfloat16" and not has_bfloat16_units(device)
-    return torch.float32 if emulated else getattr(torch, dtype)
 
 
 def save_dense(model_name: str, target: Path, *, dtype: str = "bfloat16") -> None:

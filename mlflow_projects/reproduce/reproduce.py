@@ -34,7 +34,7 @@ sys.path[:0] = [
 
 from arguments import check_output, count, elsewhere, whole  # noqa: E402
 from experiments import EXPERIMENTS, Case, Experiment  # noqa: E402
-from files import put_figure, replacing  # noqa: E402
+from files import put_figure, put_text  # noqa: E402
 
 NAMES = (*EXPERIMENTS, "weights")
 SETTINGS = ("model", "samples", "windows", "sequence_length", "layers", "seed")
@@ -101,7 +101,7 @@ def _experiment(
             print(f"== {options.experiment} {number} of {len(cases)}: {label}", flush=True)
             found = case.labels | harness.measure(case.settings, case.calibrate, experiment.texts)
         rows.append(found)
-        _write(file, json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+        put_text(file, json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
     _log_figure(options.output / f"{options.experiment}.png", experiment.figure(rows))
     section = _section(options, experiment.question, rows, experiment.findings(rows))
     mlflow.log_text(section, f"{options.experiment}.md")
@@ -288,11 +288,6 @@ def _log_figure(file: Path, figure: Any) -> None:
     mlflow.log_artifact(str(file))
 
 
-def _write(file: Path, text: str) -> None:
-    with replacing(file) as partial:
-        partial.write_text(text)
-
-
 def _section(
     options: argparse.Namespace,
     question: str,
@@ -341,7 +336,7 @@ def _put_section(file: Path, name: str, section: str) -> None:
         held[part.partition("\n")[0].strip()] = f"## {part.strip()}\n"
     held[name] = section
     body = "\n".join(held[key].rstrip() + "\n" for key in NAMES if key in held)
-    _write(file, f"{head.rstrip()}\n\n{body}")
+    put_text(file, f"{head.rstrip()}\n\n{body}")
 
 
 if __name__ == "__main__":

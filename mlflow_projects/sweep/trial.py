@@ -19,7 +19,7 @@ sys.path[:0] = [
     str(folder) for folder in (PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
 ]
 
-from files import replacing  # noqa: E402
+from files import put_text  # noqa: E402
 
 
 def measure(given: dict[str, Any]) -> dict[str, Any]:
@@ -75,5 +75,4 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     request = Path(sys.argv[1])
     result = measure(json.loads(request.read_text()))
-    with replacing(request.with_name("result.json")) as partial:
-        partial.write_text(json.dumps(result))
+    put_text(request.with_name("result.json"), json.dumps(result))
