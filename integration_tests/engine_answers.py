@@ -5,9 +5,9 @@ A server is three processes, each of which imports vLLM: that takes five times a
     .venvs/serve/bin/python integration_tests/engine_answers.py < jobs.json
 
 reads a JSON object, by name of the checkpoint, of `path`, `tokenizer`, `dtype`, `max_model_len`,
-`prompt` and `steps`. The last line that it prints is another one: of each, `logprobs` of the
-prompt's tokens but the first, and `greedy`, the continuation of its first half; or `error`, a
-traceback.
+`additional_config`, `prompt` and `steps`. The last line that it prints is another one: of each,
+`logprobs` of the prompt's tokens but the first, and `greedy`, the continuation of its first half;
+or `error`, a traceback.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         tokenizer=job["tokenizer"],
         dtype=job["dtype"],
         max_model_len=job["max_model_len"],
+        additional_config=job["additional_config"],
         enforce_eager=True,
         distributed_executor_backend="uni",
     )

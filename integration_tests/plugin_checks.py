@@ -48,7 +48,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from cur_modifier.layout import Layout, LayoutError, ModuleLayout
 from cur_modifier.vllm import kernels, register
-from cur_modifier.vllm.config import CURQuantizationConfig
+from cur_modifier.vllm.config import KEEP_FACTORS, CURQuantizationConfig
 
 CHECKS: dict[str, Callable[[], None]] = {}
 WIDTH, HEAD, GROUP = 32, 8, 32
@@ -220,14 +220,17 @@ def built(
     examples: dict[str, Example],
     *sizes: Any,
     section: dict[str, Any] | None = None,
+    keep_factors: bool = True,
     **kwargs: Any,
 ) -> Iterator[Any]:
-    """A vLLM Linear with the examples as parts, not loaded yet."""
+    """A vLLM Linear with the examples as parts, not loaded yet. At their size it would be served
+    dense by default."""
     modules = {f"{BLOCK}.{n}": e.layout for n, e in examples.items() if e.layout is not None}
     config = CURQuantizationConfig(Layout(modules=modules, compressed_tensors=section))
     config.packed_modules_mapping = FUSED
     bias = any(example.bias is not None for example in examples.values())
-    with set_current_vllm_config(VllmConfig()):
+    settings = {KEEP_FACTORS: True} if keep_factors else {}
+    with set_current_vllm_config(VllmConfig(additional_config=settings)):
         yield kind(
             *sizes,
             bias=bias,
@@ -584,6 +587,7 @@ def quantized(
         4,
         2,
         section=compressed_tensors(schemes),
+        keep_factors=False,  # which are kept nevertheless
         params_dtype=torch.bfloat16,
     )
     with pretend(rank, size), layers as layer:
@@ -831,6 +835,64 @@ def a_tensor_of_a_dense_part_is_refused() -> None:
     with built(MergedColumnParallelLinear, "gate_up_proj", examples, WIDTH, [24, 24]) as layer:
         slot = dict(layer.named_parameters())["cur_c.weight"]
         raises("for shard 1", lambda: slot.weight_loader(slot, torch.zeros(24, 3), 1))
+
+
+@check
+def factors_that_save_too_little_are_multiplied_out() -> None:
+    shared = sharing({"q_proj": 32, "k_proj": 16, "v_proj": 16}, "k_proj", 12, bias=True)
+    for examples, rank in itertools.product((one_of_each_form(), shared), range(2)):
+        layers = built(
+            QKVParallelLinear, "qkv_proj", examples, WIDTH, HEAD, 4, 2, keep_factors=False
+        )
+        with pretend(rank, 2), layers as layer:
+            load(layer, examples)
+        assert not linears_below(layer)
+        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(9))
+        wanted = outputs_of(examples, x, rank, 2)
+        torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+    for form, rank in itertools.product(("cur", "id"), range(2)):
+        examples = {"o_proj": Example(form, 40, 2)}
+        layers = built(
+            RowParallelLinear,
+            "o_proj",
+            examples,
+            *(WIDTH, 40),
+            keep_factors=False,
+            reduce_results=False,
+        )
+        with pretend(rank, 2), layers as layer:
+            load(layer, examples)
+        half = torch.zeros(5, WIDTH)
+        mine = slice(rank * WIDTH // 2, (rank + 1) * WIDTH // 2)
+        half[:, mine] = torch.randn(5, WIDTH // 2, generator=torch.Generator().manual_seed(9))
+        got = layer(half[:, mine])
+        torch.testing.assert_close(got, examples["o_proj"](half), rtol=1e-4, atol=1e-4)
+
+
+@check
+def factors_that_save_more_than_a_product_costs_are_kept() -> None:
+    width = 1024
+    for form, rank in (("id", 256), ("cur", 256), ("id", 900)):
+        examples = {"o_proj": Example(form, width, 2, width=width, rank=rank)}
+        layers = built(ReplicatedLinear, "o_proj", examples, width, width, keep_factors=False)
+        with layers as layer:
+            load(layer, examples)
+        assert bool(linears_below(layer)) == (rank == 256), (form, rank)
+
+
+@check
+def a_setting_that_is_neither_true_nor_false_is_refused() -> None:
+    layout = Layout(modules={f"{BLOCK}.o_proj": Example("id", 40, 2).layout})
+    config = CURQuantizationConfig(layout)
+    settings = VllmConfig(additional_config={KEEP_FACTORS: "no"})
+    layer = ReplicatedLinear(WIDTH, 40)
+    with set_current_vllm_config(settings):
+        try:
+            config.get_quant_method(layer, f"{BLOCK}.o_proj")
+        except ValueError as error:
+            assert KEEP_FACTORS in str(error)
+        else:
+            raise AssertionError("no error")
 
 
 @check

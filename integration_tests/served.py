@@ -31,6 +31,10 @@ ONE_THREAD = {
 }
 
 
+# The tests' models are small: by default they would be served dense.
+KEEP_FACTORS = {"cur_keep_factors": True}
+
+
 class EngineError(Exception):
     """The engine was not built, or did not answer; its traceback."""
 
@@ -88,10 +92,11 @@ def by_server(server: Any, prompt: list[int], steps: int) -> Answers:
 
 
 def serve_quietly(path: Path, log: Path, *arguments: str, dtype: str = "float32") -> Any:
-    """The context of a ``vllm serve path`` that leaves room for others."""
+    """The context of a ``vllm serve path`` that keeps factors and leaves room for others."""
     return vllm_server.serve(
         path,
         *("--dtype", dtype, "--max-model-len", str(MAX_LENGTH)),
+        *("--additional-config", json.dumps(KEEP_FACTORS)),
         *arguments,
         log=log,
         environment=ONE_THREAD,
@@ -121,6 +126,7 @@ def by_engine(
             "tokenizer": str(tokenizer),
             "dtype": dtype,
             "max_model_len": MAX_LENGTH,
+            "additional_config": KEEP_FACTORS,
             "prompt": prompt,
             "steps": steps,
         }

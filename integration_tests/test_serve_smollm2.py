@@ -70,6 +70,8 @@ EXACT: dict[str, tuple[str, tuple[str, ...]]] = {
     "id on three ranks": ("id", (*EAGER, "--tensor-parallel-size", "3")),
     "cur compiled": ("cur", ()),
     "id compiled": ("id", ()),
+    # What users get: at this size only gate and up stay in factors.
+    "id by default": ("id", (*EAGER, "--additional-config", "{}")),
 }
 QUANTIZED = ["dense", "cur-w4a16", "id-w4a16", "cur-w8a8", "dense-w8a8"]
 

@@ -20,7 +20,10 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from cur_modifier.layout import QUANT_METHOD, Layout, LayoutError, ModuleLayout, stored_shapes
 
-__all__ = ["CURQuantizationConfig"]
+__all__ = ["KEEP_FACTORS", "CURQuantizationConfig"]
+
+# In vLLM's `--additional-config`: serve the factors also where one dense product would be faster.
+KEEP_FACTORS = "cur_keep_factors"
 
 
 class CURQuantizationConfig(QuantizationConfig):
@@ -136,6 +139,7 @@ class CURQuantizationConfig(QuantizationConfig):
         Raises:
             LayoutError: factored modules inside a layer that is no Linear, or a skeleton that is
                 shared with a module outside it.
+            ValueError: a setting of ours in ``--additional-config`` that is neither true nor false.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
@@ -150,10 +154,10 @@ class CURQuantizationConfig(QuantizationConfig):
             if any(parts.values()):
                 self._check_skeletons(prefix, names)
                 self._claimed.update(parts)
-                self._pipeline = (
-                    get_current_vllm_config().parallel_config.pipeline_parallel_size > 1
-                )
-                return FactoredLinearMethod(parts, self)
+                current = get_current_vllm_config()
+                self._pipeline = current.parallel_config.pipeline_parallel_size > 1
+                kept = _keeps_factors(current.additional_config)
+                return FactoredLinearMethod(parts, self, keep_factors=kept)
         elif prefix and (inside := [m for m in self.modules if m.startswith(f"{prefix}.")]):
             raise LayoutError(
                 f"{inside[0]} is factored, but vLLM runs it inside {prefix} as one "
@@ -206,6 +210,16 @@ class CURQuantizationConfig(QuantizationConfig):
                     f"{name}: {dimension} does not divide by {size} ranks. Use a "
                     f"--tensor-parallel-size that divides {dimension}."
                 )
+
+
+def _keeps_factors(settings: Any) -> bool:
+    kept = settings.get(KEEP_FACTORS, False) if isinstance(settings, dict) else False
+    if not isinstance(kept, bool):
+        raise ValueError(
+            f"{KEEP_FACTORS} is {kept!r}; it is true or false: --additional-config "
+            f"'{{\"{KEEP_FACTORS}\": true}}'"
+        )
+    return kept
 
 
 def _split_dimension(module: ModuleLayout, width: int) -> int | None:

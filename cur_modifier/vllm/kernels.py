@@ -31,7 +31,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import convert_to_channelwise
 from vllm.platforms import CpuArchEnum, PlatformEnum, current_platform
 
-__all__ = ["UnpackedInt8Kernel", "UnpackedWNA16Kernel", "disable", "stand_in", "unfit"]
+__all__ = ["UnpackedInt8Kernel", "UnpackedWNA16Kernel", "as_dense", "disable", "stand_in", "unfit"]
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers only
 
@@ -63,7 +63,7 @@ class UnpackedWNA16Kernel(MPLinearKernel):
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
             if getattr(layer, name or "", None) is not None:
                 delattr(layer, name)
-        self._dense = _as_dense(layer, weight.to(self.config.act_type))
+        self._dense = as_dense(layer, weight.to(self.config.act_type))
 
     def apply_weights(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -91,7 +91,7 @@ class UnpackedInt8Kernel(Int8ScaledMMLinearKernel):
         if not self.config.is_channelwise:
             scale = convert_to_channelwise(scale, layer.logical_widths)
         weight = dequantize(integers.data, scale.data)
-        self._dense = _as_dense(layer, weight.to(layer.params_dtype))
+        self._dense = as_dense(layer, weight.to(layer.params_dtype))
 
     def apply_weights(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -106,7 +106,7 @@ class UnpackedInt8Kernel(Int8ScaledMMLinearKernel):
         return self._dense.apply(layer, (rounded * scale).to(x.dtype).view_as(x), bias)
 
 
-def _as_dense(layer: nn.Module, weight: torch.Tensor) -> UnquantizedLinearMethod:
+def as_dense(layer: nn.Module, weight: torch.Tensor) -> UnquantizedLinearMethod:
     """Make ``weight`` the layer's own, and give the method that multiplies by it."""
     layer.weight = nn.Parameter(weight, requires_grad=False)
     method = UnquantizedLinearMethod()

@@ -6,7 +6,8 @@ ranks and choose their kernels, each by its name in the checkpoint.
 
 The first stages of all parts (S, R, dense weights) are stacked into one product, and parts that
 share a skeleton have their T stacked. What comes out is put in order for the whole layer at once:
-see :mod:`~cur_modifier.vllm.order`.
+see :mod:`~cur_modifier.vllm.order`. Where the factors of a small layer save fewer bytes than their
+additional products cost, they are multiplied out once, and the layer is served as a dense one.
 
 Tensor parallelism. A column-parallel Linear splits the last factor (C or T) by outputs and repeats
 the first (R or S), since every rank needs all of ``z``. A row-parallel Linear splits the first
@@ -22,14 +23,17 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    LinearBase,
     LinearMethodBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
+    UnquantizedLinearMethod,
 )
 
 from cur_modifier.layout import LayoutError, ModuleLayout
+from cur_modifier.vllm.kernels import as_dense
 from cur_modifier.vllm.order import in_order, pairs_of, runs_of, side_by_side
-from cur_modifier.vllm.parts import Part, make_stages
+from cur_modifier.vllm.parts import CHEAP_BYTES, Part, is_plain, make_stages
 from cur_modifier.vllm.slots import Slots
 
 if TYPE_CHECKING:
@@ -44,13 +48,20 @@ class FactoredLinearMethod(LinearMethodBase):
     Args:
         layouts: the parts by checkpoint name, in the order of their outputs; None for a dense one.
         config: of the checkpoint; its ``inner`` says how factors and dense parts are quantized.
+        keep_factors: do not multiply them out, even where that is faster.
     """
 
     def __init__(
-        self, layouts: Mapping[str, ModuleLayout | None], config: CURQuantizationConfig
+        self,
+        layouts: Mapping[str, ModuleLayout | None],
+        config: CURQuantizationConfig,
+        *,
+        keep_factors: bool = False,
     ) -> None:
         self.layouts = layouts
         self.config = config
+        self.keep_factors = keep_factors
+        self.dense: UnquantizedLinearMethod | None = None  # runs a layer that was multiplied out
 
     def create_weights(
         self,
@@ -88,7 +99,8 @@ class FactoredLinearMethod(LinearMethodBase):
         self.slots = slots
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Take the slots away, make CUR compact, and note the order of the outputs.
+        """Take the slots away, make CUR compact, and note the order of the outputs; or multiply
+        all out, where that is faster.
 
         vLLM calls this before it prepares the kernels of the Linears below.
 
@@ -104,6 +116,11 @@ class FactoredLinearMethod(LinearMethodBase):
             orders |= dict(stage.output_orders(start))
             start += stage.entries
         order = torch.cat([orders[part] for part in self.parts])
+        if not self.keep_factors and saves_too_little(layer, len(order)):
+            weight = torch.cat([stage.multiplied_out() for stage in layer.stages])[order]
+            layer.stages = nn.ModuleList()
+            self.dense = as_dense(layer, weight.to(self.dtype))
+            return
         self.runs = runs_of(order)
         if self.runs is None:
             device = next(layer.parameters()).device
@@ -112,12 +129,27 @@ class FactoredLinearMethod(LinearMethodBase):
             layer.output_pairs = None if pairs is None else pairs.to(device)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.dense is not None:
+            return self.dense.apply(layer, x, bias)
         pieces = [piece for stage in layer.stages for piece in stage(x)]
         if self.runs is None:
             y = in_order(pieces, layer.output_order, layer.output_pairs)
         else:
             y = side_by_side(pieces, self.runs)
         return y if bias is None else y + bias
+
+
+def saves_too_little(layer: Any, outputs: int) -> bool:
+    """Whether one dense product would be faster: the factors save fewer bytes than could be read in
+    the time that their additional products take, and none of them is quantized."""
+    linears = [module for module in layer.stages.modules() if isinstance(module, LinearBase)]
+    if not all(is_plain(linear) for linear in linears):
+        return False
+    inputs = layer.stages[0].first.weight.shape[1]
+    dense = outputs * inputs * linears[0].weight.itemsize
+    stored = sum(linear.weight.nbytes for linear in linears)
+    products = sum(stage.products for stage in layer.stages)
+    return dense - stored < (products - 1) * CHEAP_BYTES
 
 
 def split(layer: Any, layouts: Mapping[str, ModuleLayout | None], in_features: int) -> list[Part]:

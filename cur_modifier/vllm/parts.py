@@ -30,7 +30,7 @@ from vllm.model_executor.utils import replace_parameter
 from cur_modifier.layout import LayoutError, ModuleLayout
 from cur_modifier.vllm.slots import DAMAGED, Slots
 
-__all__ = ["Part", "PartFactors", "Stage", "make_stages"]
+__all__ = ["CHEAP_BYTES", "Part", "PartFactors", "Stage", "is_plain", "make_stages"]
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Part:
 
 # Above this an entry of T lets the skeleton's rounding show in the other outputs.
 _LARGEST_ENTRY = 16.0
-# Zeros that cost no more than another product: one takes 12 µs on two cores, which read 400 KB in
-# that time, and a GPU more.
-_CHEAP_ZEROS = 200_000
+# Reading these costs no more than another product: one takes 12 µs on two cores, which read 400 KB
+# in that time, and a GPU more.
+CHEAP_BYTES = 400_000
 
 
 class PartFactors:
@@ -129,7 +129,8 @@ class PartFactors:
         raise NotImplementedError
 
 
-def _is_plain(linear: LinearBase) -> bool:
+def is_plain(linear: LinearBase) -> bool:
+    """Whether nothing is quantized, so that its weight can be read."""
     return isinstance(linear.quant_method, UnquantizedLinearMethod)
 
 
@@ -158,7 +159,7 @@ class CURPart(PartFactors):
 
     def __init__(self, part: Part, u: LinearBase, c: LinearBase) -> None:
         assert part.layout is not None
-        compacts = _is_plain(u) and _is_plain(c) and part.width > part.layout.rank
+        compacts = is_plain(u) and is_plain(c) and part.width > part.layout.rank
         super().__init__(part, "cur_r", part.layout.rank, direct=compacts)
         self.part, self.layout = part, part.layout
         self.cur_u, self.cur_c = u, c
@@ -384,7 +385,7 @@ class Stage(nn.Module):
         """What is done once, when all is loaded."""
         for part, end in zip(self.parts, self._ends, strict=True):
             own = slice(end - part.reads, end)
-            part.prepare(self.first.weight.data[own] if _is_plain(self.first) else None)
+            part.prepare(self.first.weight.data[own] if is_plain(self.first) else None)
         self._take_up_chains(join=True)
 
     @property
@@ -409,9 +410,28 @@ class Stage(nn.Module):
         for chain, reads in zip(self._chains, self._reads, strict=True):
             piece = z[..., reads]
             for linear in chain:  # a plain product reads part of a wider tensor where it lies
-                piece = linear(piece if _is_plain(linear) else piece.contiguous())
+                piece = linear(piece if is_plain(linear) else piece.contiguous())
             pieces.append(piece)
         return pieces
+
+    @property
+    def products(self) -> int:
+        """Matrix products of one forward pass."""
+        return 1 + sum(len(chain) for chain in self._chains)
+
+    def multiplied_out(self) -> torch.Tensor:
+        """The one matrix ``(entries, n)``, in float32, whose product with ``x`` is all the pieces.
+
+        Of plain Linears only, before their kernels are prepared.
+        """
+        z = self.first.weight.float()
+        pieces = [z[: self.direct]]
+        for chain, reads in zip(self._chains, self._reads, strict=True):
+            piece = z[reads]
+            for linear in chain:
+                piece = linear.weight.float() @ piece
+            pieces.append(piece)
+        return torch.cat(pieces)
 
     def _take_up_chains(self, *, join: bool = False) -> None:
         """What is behind the first stage, by piece; ``join`` makes block matrices of some."""
@@ -430,10 +450,11 @@ class Stage(nn.Module):
         if not self._chains or self._reads[-1].stop != reads.start:
             return False
         before = self._chains[-1]
-        if not all(len(one) == 1 and _is_plain(one[0]) for one in (before, chain)):
+        if not all(len(one) == 1 and is_plain(one[0]) for one in (before, chain)):
             return False
         upper, lower = before[0].weight, chain[0].weight
-        if len(upper) * lower.shape[1] + len(lower) * upper.shape[1] > _CHEAP_ZEROS:
+        zeros = len(upper) * lower.shape[1] + len(lower) * upper.shape[1]
+        if zeros * upper.itemsize > CHEAP_BYTES:
             return False
         replace_parameter(before[0], "weight", torch.block_diag(upper, lower))
         self._reads[-1] = slice(self._reads[-1].start, reads.stop)
