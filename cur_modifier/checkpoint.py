@@ -30,6 +30,8 @@ __all__ = ["annotate", "layout_of", "wrap_save_pretrained"]
 
 TRIPWIRE = "this-checkpoint-needs-import-cur_modifier-or-trust_remote_code.safetensors"
 REMOTE_MODULE = "modeling_cur"
+# What transformers calls the weights of a model: an earlier save's are not to be mixed with ours.
+_STALE = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 # Modules shipped with the checkpoint, under flat names, in place of an installed plugin.
 _SHIPPED = {
     "cur_layout": "layout.py",
@@ -119,8 +121,8 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
     """Make ``model.save_pretrained`` write a factored checkpoint, all of it or nothing.
 
     The files are written to a hidden sibling directory, which takes the place of ``save_directory``
-    when complete. Files of an earlier save that the new one does not write (a tokenizer's) are
-    kept.
+    when complete. A mount point can't be replaced: there they are written to a hidden directory
+    inside, and renamed one by one, ``config.json`` last. All other files (a tokenizer's) are kept.
 
     Args:
         files: text files to put beside the weights, by name; read when the model is saved.
@@ -140,10 +142,10 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
         layout = layout_of(model)
         if not by_compressor:
             _pack(model)
-        target = Path(save_directory).absolute()
+        target = Path(save_directory).resolve()
         if target.is_file():
             raise ValueError(f"{target} is a file; give save_pretrained a directory.")
-        partial = target.with_name(f".{target.name}.incomplete")
+        partial = _partial(target)
         source = _is_source()
         if source and partial.exists():
             shutil.rmtree(partial)
@@ -153,35 +155,66 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
                 annotate(partial, layout, _plain_class(model))
                 for name, text in (files or {}).items():
                     (partial / name).write_text(text)
-                _replace_directory(partial, target)
-        finally:
+        except BaseException:
             if source:
                 shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if source:
+            try:
+                _replace(partial, target)
+            except OSError as error:
+                raise OSError(
+                    f"the checkpoint is complete, but can't be put at {target} ({error}). It is in "
+                    f"{partial}: move it from there before you save again."
+                ) from error
 
     save_pretrained._cur_wrapped = True  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[assignment]
 
 
-def _replace_directory(new: Path, target: Path) -> None:
-    """Put ``new`` in the place of ``target``. What stood there is never lost before it is "
-    "replaced."""
-    if not target.exists():
-        os.rename(new, target)
+def _partial(target: Path) -> Path:
+    """Where to write what will be at ``target``, on the same file system."""
+    if target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK)):
+        return target / ".incomplete"
+    return target.with_name(f".{target.name}.incomplete")
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Put the files of ``new`` in the place of what an earlier save left at ``target``. That is
+    never lost before it is replaced."""
+    if new.parent == target:
+        _replace_files(new, target)
         return
-    for entry in target.iterdir():
-        stale = entry.name.endswith((".safetensors", ".safetensors.index.json", ".bin"))
-        if stale or (new / entry.name).exists():
-            continue
-        if entry.is_dir():
-            shutil.copytree(entry, new / entry.name, symlinks=True)
-        else:
-            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
     previous = target.with_name(f".{target.name}.previous")
-    if previous.exists():
-        shutil.rmtree(previous)
-    os.rename(target, previous)
-    os.rename(new, target)
-    shutil.rmtree(previous)
+    if target.exists():
+        for entry in target.iterdir():
+            if _STALE.fullmatch(entry.name) or (new / entry.name).exists():
+                continue
+            if entry.is_dir():
+                shutil.copytree(entry, new / entry.name, symlinks=True)
+            else:
+                shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+        shutil.rmtree(previous, ignore_errors=True)  # of a save that was killed
+        os.rename(target, previous)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        if previous.exists():
+            os.rename(previous, target)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _replace_files(new: Path, target: Path) -> None:
+    """Rename the files of ``new``, which lies in ``target``. Until the last one, which has their
+    checksums, is there, every reader refuses the checkpoint."""
+    names = {file.name for file in new.iterdir()}
+    for name in sorted(names, key=lambda name: name == "config.json"):
+        os.replace(new / name, target / name)
+    for entry in target.iterdir():
+        if _STALE.fullmatch(entry.name) and entry.name not in names:
+            entry.unlink()
+    new.rmdir()
 
 
 def _pack(model: nn.Module) -> None:

@@ -8,11 +8,13 @@ is not in that environment. Checks that need a server are in the other `test_ser
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -44,6 +46,7 @@ from vllm.model_executor.layers.quantization import (
     QUANTIZATION_METHODS,
     get_quantization_config,
 )
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.models.utils import WeightsMapper
 
 from cur_modifier.layout import Layout, LayoutError, ModuleLayout
@@ -878,6 +881,57 @@ def factors_that_save_more_than_a_product_costs_are_kept() -> None:
         with layers as layer:
             load(layer, examples)
         assert bool(linears_below(layer)) == (rank == 256), (form, rank)
+
+
+@check
+def what_is_multiplied_out_is_rounded_once() -> None:
+    example = Example("cur", 96, 2, width=64, rank=24)
+    stored = {key: tensor.bfloat16() for key, tensor in example.tensors.items()}
+    c, u, r = (stored[f"cur_{name}.weight"].float() for name in "cur")
+    example.tensors |= {key: stored[key] for key in stored if key.endswith("weight")}
+    layers = built(
+        ReplicatedLinear,
+        "o_proj",
+        {"o_proj": example},
+        *(64, 96),
+        keep_factors=False,
+        params_dtype=torch.bfloat16,
+    )
+    with layers as layer:
+        load(layer, {"o_proj": example})
+    served, exact = layer(torch.eye(64).bfloat16()).float().T, c @ u @ r
+    error = (served - exact).norm() / exact.norm()
+    assert error < 0.002, error  # a number alone is rounded by up to 0.0039, by 0.0017 at large
+
+
+@check
+def orders_are_on_the_cpu_wherever_the_model_is_made() -> None:
+    examples = {"gate_proj": Example("cur", 24, 0), "up_proj": Example("dense", 24, 1)}
+    layers = built(MergedColumnParallelLinear, "gate_up_proj", examples, WIDTH, [24, 24])
+    with torch.device("meta"), layers as layer:
+        for stage in layer.stages:
+            for _, order in stage.output_orders(0):
+                assert order.device.type == "cpu"
+
+
+@check
+def a_layer_whose_model_is_gone_is_freed() -> None:
+    examples = one_of_each_form()
+    with built(QKVParallelLinear, "qkv_proj", examples, WIDTH, HEAD, 4, 2) as layer:
+        record_metadata_for_reloading(layer)
+        load(layer, examples)
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
+
+
+@check
+def a_checkpoint_that_was_not_read_is_no_damaged_one() -> None:
+    examples = {"o_proj": Example("id", 40, 2)}
+    with built(ReplicatedLinear, "o_proj", examples, WIDTH, 40) as layer:
+        process = layer.quant_method.process_weights_after_loading
+        raises("--load-format dummy", lambda: process(layer))
 
 
 @check

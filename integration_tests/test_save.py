@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_disk import small_disk
 from support import Compress
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -71,6 +74,56 @@ def test_other_files_in_the_directory_are_kept(factored: Any, tmp_path: Path) ->
     assert (out / "sub" / "notes.txt").read_text() == "mine"
     assert not (out / "model-00001-of-00002.safetensors").exists()
     AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_weights_of_other_things_are_kept(factored: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    others = ["adapter_model.safetensors", "optimizer.bin", "training_args.bin"]
+    for name in others:
+        (out / name).write_text("mine")
+    factored.save_pretrained(out)
+    assert [(out / name).read_text() for name in others] == ["mine"] * 3
+
+
+def test_a_link_is_followed(factored: Any, tmp_path: Path) -> None:
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "out").symlink_to("large_disk")
+    for _ in range(2):
+        factored.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large_disk", "out"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "large_disk")
+
+
+def test_a_mount_point(factored: Any, tmp_path: Path) -> None:
+    """As a container's volume is: it can't be renamed."""
+    with small_disk(tmp_path, kibibytes=2**16) as out:
+        (out / "tokenizer.json").write_text("{}")
+        factored.save_pretrained(out, max_shard_size="2MB")
+        factored.save_pretrained(out)
+        names = {file.name for file in out.iterdir()}
+        assert {"tokenizer.json", "config.json", "model.safetensors"} <= names
+        assert not [name for name in names if "-of-" in name or name.startswith(".")]
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_save_that_can_not_be_put_in_place_is_kept(
+    factored: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factored.save_pretrained(tmp_path / "out")
+    rename = os.rename
+
+    def busy(source: Path, target: Path) -> None:
+        if target == tmp_path / "out" and source.name == ".out.incomplete":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", busy)
+    with pytest.raises(OSError, match=r"complete.*in .*\.out\.incomplete: move it"):
+        factored.save_pretrained(tmp_path / "out")
+    for folder in ("out", ".out.incomplete"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder)
 
 
 def test_sharded_checkpoint_loads(factored: Any, tmp_path: Path) -> None:

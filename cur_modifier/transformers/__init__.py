@@ -21,6 +21,10 @@ class PluginQuantizer(CURQuantizer):
         super()._process_model_after_weight_loading(model, **kwargs)
         wrap_save_pretrained(model)
 
+    def is_serializable(self) -> bool:
+        """By the wrapped ``save_pretrained``."""
+        return True
+
 
 def register() -> None:
     """Make the quantizer known to transformers, in place of one that a checkpoint's code "

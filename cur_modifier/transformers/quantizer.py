@@ -18,12 +18,15 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from cur_modifier.factored import FACTORED_CLASSES
 from cur_modifier.layout import QUANT_METHOD, Layout, LayoutError, ModuleLayout, stored_shapes
 
 __all__ = ["CURConfig", "CURQuantizer", "register"]
+
+logger = logging.get_logger(__name__)
 
 
 class CURConfig(QuantizationConfigMixin):
@@ -103,8 +106,13 @@ class CURQuantizer(HfQuantizer):
             self.inner._process_model_after_weight_loading(model, **kwargs)
 
     def is_serializable(self) -> bool:
-        """Saved again as it was loaded."""
-        return True
+        """Not by this file alone: what it saved would say nothing to loaders that do not know CUR,
+        and they would fill the missing weights with noise."""
+        logger.warning(
+            "A factored model is saved by the plugin: pip install cur-modifier, and import "
+            "cur_modifier before the model is loaded."
+        )
+        return False
 
     @property
     def is_trainable(self) -> bool:

@@ -89,11 +89,11 @@ class CURQuantizationConfig(QuantizationConfig):
     ) -> None:
         """Compare the files with ``config.json`` before anything is built.
 
-        A checkpoint that is still to be downloaded is checked as its tensors arrive.
+        A checkpoint whose weights are elsewhere (on the hub, in a bucket) is checked as its tensors
+        arrive.
         """
         super().maybe_update_config(model_name, hf_config=hf_config, revision=revision)
-        if Path(model_name).is_dir():
-            files = sorted(Path(model_name).glob("*.safetensors"))
+        if files := sorted(Path(model_name).glob("*.safetensors")):
             self.layout.check_tensors(stored_shapes(files))
             self.layout.check_files(Path(model_name))
 

@@ -109,22 +109,23 @@ class FactoredLinearMethod(LinearMethodBase):
         """
         self.config.check_claimed()
         self.slots.close()
-        orders: dict[Part, torch.Tensor] = {}
-        start = 0
+        weight = None
+        if not self.keep_factors and self._saves_too_little(layer):
+            # Of the factors as they are stored: what is prepared below is rounded once more.
+            weight = torch.cat([stage.multiplied_out() for stage in layer.stages])
+            weight = weight[self._order(layer)].to(self.dtype)
         for stage in layer.stages:
             stage.prepare()
-            orders |= dict(stage.output_orders(start))
-            start += stage.entries
-        order = torch.cat([orders[part] for part in self.parts])
-        if not self.keep_factors and saves_too_little(layer, len(order)):
-            weight = torch.cat([stage.multiplied_out() for stage in layer.stages])[order]
+        if weight is not None and self._saves_too_little(layer):
             layer.stages = nn.ModuleList()
-            self.dense = as_dense(layer, weight.to(self.dtype))
+            self.dense = as_dense(layer, weight)
             return
+        order = self._order(layer)
         self.runs = runs_of(order)
         if self.runs is None:
             device = next(layer.parameters()).device
-            pairs = pairs_of(order, start, self.dtype)
+            entries = sum(stage.entries for stage in layer.stages)
+            pairs = pairs_of(order, entries, self.dtype)
             layer.output_order = order.to(device)
             layer.output_pairs = None if pairs is None else pairs.to(device)
 
@@ -138,18 +139,26 @@ class FactoredLinearMethod(LinearMethodBase):
             y = side_by_side(pieces, self.runs)
         return y if bias is None else y + bias
 
+    def _order(self, layer: Any) -> torch.Tensor:
+        """Which entry of all that the stages give each output is."""
+        orders: dict[Part, torch.Tensor] = {}
+        start = 0
+        for stage in layer.stages:
+            orders |= dict(stage.output_orders(start))
+            start += stage.entries
+        return torch.cat([orders[part] for part in self.parts])
 
-def saves_too_little(layer: Any, outputs: int) -> bool:
-    """Whether one dense product would be faster: the factors save fewer bytes than could be read in
-    the time that their additional products take, and none of them is quantized."""
-    linears = [module for module in layer.stages.modules() if isinstance(module, LinearBase)]
-    if not all(is_plain(linear) for linear in linears):
-        return False
-    inputs = layer.stages[0].first.weight.shape[1]
-    dense = outputs * inputs * linears[0].weight.itemsize
-    stored = sum(linear.weight.nbytes for linear in linears)
-    products = sum(stage.products for stage in layer.stages)
-    return dense - stored < (products - 1) * CHEAP_BYTES
+    def _saves_too_little(self, layer: Any) -> bool:
+        """Whether one dense product would be faster: the factors save fewer bytes than could be
+        read in the time that their additional products take, and none of them is quantized."""
+        linears = [module for module in layer.stages.modules() if isinstance(module, LinearBase)]
+        if not all(is_plain(linear) for linear in linears):
+            return False
+        first = layer.stages[0].first.weight
+        dense = sum(part.width for part in self.parts) * first.shape[1] * first.itemsize
+        stored = sum(linear.weight.nbytes for linear in linears)
+        products = sum(stage.products for stage in layer.stages)
+        return dense - stored < (products - 1) * CHEAP_BYTES
 
 
 def split(layer: Any, layouts: Mapping[str, ModuleLayout | None], in_features: int) -> list[Part]:

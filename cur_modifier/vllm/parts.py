@@ -145,7 +145,7 @@ class DensePart(PartFactors):
         pass
 
     def output_orders(self, z: int, own: int) -> Iterator[tuple[Part, torch.Tensor]]:
-        yield self.first_stage[0], z + torch.arange(self.reads)
+        yield self.first_stage[0], z + torch.arange(self.reads, device="cpu")
 
 
 class CURPart(PartFactors):
@@ -164,7 +164,8 @@ class CURPart(PartFactors):
         self.part, self.layout = part, part.layout
         self.cur_u, self.cur_c = u, c
         self.chains = [[u, c]]
-        self._order = torch.arange(part.width)  # of the outputs among [z, piece]
+        # Of the outputs among [z, piece]. vLLM makes Linears under the device that it serves on.
+        self._order = self.layout.rank + torch.arange(part.width, device="cpu")
         self._entries = part.width
 
     def declare(self, slots: Slots) -> None:
@@ -178,7 +179,6 @@ class CURPart(PartFactors):
     def prepare(self, first: torch.Tensor | None) -> None:
         rank = self.layout.rank
         if not self.direct or first is None:
-            self._order = rank + self._order
             return
         C, U = self.cur_c.weight.float(), self.cur_u.weight.float()
         lu, pivots, _ = torch.linalg.lu_factor_ex(C)
@@ -195,7 +195,6 @@ class CURPart(PartFactors):
             self._order = torch.tensor(rows).argsort()
         else:
             second = C @ U
-            self._order = rank + self._order
         self.chains, self._entries = [[self.cur_c]], len(second)
         replace_parameter(self.cur_c, "weight", second.to(self.cur_c.weight.dtype))
 

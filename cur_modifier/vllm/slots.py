@@ -100,6 +100,12 @@ class Slots:
         Raises:
             LayoutError: a tensor that never came; it would be served as noise.
         """
+        if len(self.missing) == sum(len(loaders) for loaders in self.loaders.values()):
+            raise LayoutError(
+                f"no tensor of {self.layer.prefix} was loaded. The checkpoint is incomplete, or "
+                "vLLM did not read it: the plugin can't serve factors that --load-format dummy "
+                "makes up."
+            )
         if self.missing:
             raise LayoutError(
                 f"{sorted(self.missing)[0]} is missing from the checkpoint"
@@ -113,6 +119,8 @@ class Slots:
             elif hasattr(self.layer, holder):
                 delattr(self.layer, holder)
         self.loaders = {}
+        # What vLLM notes of the slots would keep the layer, and with it the model, for ever.
+        self.layer = None
 
 
 def _load(
