@@ -135,7 +135,10 @@ def _read_file(path: Path, column: str) -> list[str]:
             if not line.strip():
                 continue
             try:
-                documents.append(json.loads(line)[column])
+                text = json.loads(line)[column]
+                if not isinstance(text, str):
+                    raise TypeError(f"it holds {text!r}, no text")
+                documents.append(text)
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number}: expected a JSON object with the field {column!r} "

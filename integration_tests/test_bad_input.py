@@ -46,6 +46,11 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ({"rank": {"ratio": 0.3}, "multiple_of": 128, **ALL}, None, "a multiple of 128"),
         ({"rank": {"fixed": 50}, "multiple_of": 32, **ALL}, None, "not a multiple of"),
         ({"layers": {"count": 12}}, None, "layers.count is 12, but the model has 11"),
+        (
+            {"targets": ["re:.*layers.[57].*q_proj$"], "layers": {"count": 3}},
+            None,
+            "layers.count is 3, but the targets match modules in 2 of the layers",
+        ),
         ({"layers": {"select": [3, 13]}}, None, r"holds \[13\].*layers 0 to 12"),
         ({"rank": {"fixed": 48}, **ALL}, W4A16, "48 inputs, group_size 32.*multiple_of"),
         ({"rank": {"fixed": 16}, **ALL}, W4A16, "16 inputs, group_size 32"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from small_disk import small_disk
 from support import W4A16, Compress
 from torch import nn
 
@@ -36,6 +37,16 @@ def fresh(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_a_full_disk_costs_the_cache_alone(
+    tiny: Any, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    with small_disk(tmp_path, kibibytes=64) as disk:
+        monkeypatch.setenv("CUR_MODIFIER_CACHE", str(disk))
+        compress(tiny, SEVEN | {"fit": "loss"})
+        assert not list(disk.rglob("*.*"))
+    assert any("could not be kept" in line for line in log)
 
 
 def test_the_budget_holds_and_is_read_from_disk_the_second_time(
@@ -143,7 +154,11 @@ def test_few_tokens_are_said_and_survived(
         ({"anchor": 1.5}, "less than or equal to 1"),
         ({"refine": {"epochs": 0}}, "greater than or equal to 1"),
         (
-            {**SEVEN, "rank": {"ratio": 0.05, "budget": "sensitivity"}, "multiple_of": 64},
+            {
+                **SEVEN,
+                "rank": {"ratio": 0.05, "budget": "sensitivity", "least": 0},
+                "multiple_of": 64,
+            },
             "multiples of 64",
         ),
     ],
@@ -159,6 +174,14 @@ def test_bad_settings_are_refused(
 def test_no_data_is_refused(tiny: Any, compress: Compress) -> None:
     with pytest.raises(ValueError, match="anchor and refine"):
         compress(tiny, {"anchor": 0.5}, dataset=None)
+
+
+def test_one_window_can_not_be_refined_on(
+    tiny: Any, compress: Compress, tiny_data: Dataset
+) -> None:
+    with pytest.raises(ValueError, match="1 calibration samples can't be split"):
+        compress(tiny, SEVEN | REFINE, dataset=tiny_data.select([0]))
+    assert not factored(tiny)
 
 
 def test_the_anchored_stage_works_where_layers_are_left_dense(

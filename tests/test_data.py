@@ -57,6 +57,12 @@ def test_empty_and_broken_files(tmp_path: Path) -> None:
         read_documents(tmp_path / "bad.jsonl", column="body")
 
 
+def test_a_line_without_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "null.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    with pytest.raises(ValueError, match=r"line 2.*it holds None, no text"):
+        read_documents(tmp_path / "null.jsonl")
+
+
 def test_windows_do_not_overlap() -> None:
     windows = token_windows(["abcdef", "gh"], tokenize, windows=None, sequence_length=4)
     assert "".join(map(chr, windows.flatten().tolist())) == "abcdef\n\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,9 @@ def run_layers(
         streams = LayerStreams(model, [layer for _, layer in layers], samples, device)
         for index in tqdm(range(last + 1), desc="Factoring layers", disable=last < 0):
             here = {w.candidate.name: w for w in pending if w.candidate.layer == index}
-            outputs, inputs, groups = streams.run_dense({n: w.first for n, w in here.items()})
+            outputs, inputs, groups = streams.run_dense(
+                {n: w.first for n, w in here.items()}, keep_inputs=bool(anchor)
+            )
             around: dict[str, Surroundings] = {}
             for names in groups:
                 group = [here[name] for name in names]
@@ -74,7 +76,7 @@ def run_layers(
 def _fit_group(
     streams: LayerStreams,
     group: Sequence[Waiting],
-    dense_inputs: Sequence[torch.Tensor],
+    dense_inputs: Mapping[int, torch.Tensor],
     fitting: Fitting,
     anchor: float | None,
     refined: bool,

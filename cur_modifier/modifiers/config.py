@@ -90,6 +90,11 @@ class RankConfig(BaseModel):
                 f"budget 'sensitivity' spends a ratio, but {given[0]} is given. Write e.g. "
                 "`rank: {ratio: 0.8, budget: sensitivity}`."
             )
+        if self.budget == "sensitivity" and self.ratio is not None and self.ratio <= self.least:
+            raise ValueError(
+                f"ratio {self.ratio} is not above least {self.least}, which a budget by "
+                "sensitivity leaves of every module. Raise the ratio, or lower `least`."
+            )
         return self
 
     def choose(

@@ -47,6 +47,7 @@ from cur_modifier.modifiers.fitting import Fitting, Waiting, named
 from cur_modifier.modifiers.journal import Journal
 from cur_modifier.modifiers.layers import (
     candidate_layers,
+    check_count,
     choose_layers,
     decoder_layers,
     survey,
@@ -65,6 +66,7 @@ from cur_modifier.modifiers.plan import (
 from cur_modifier.modifiers.report import ModuleRecord
 from cur_modifier.modifiers.sensitivity import Sensitivity, load_or_measure
 from cur_modifier.modifiers.sharing import joined, with_direct_outputs
+from cur_modifier.modifiers.training import split
 
 __all__ = ["CURModifier"]
 
@@ -245,6 +247,7 @@ class CURModifier(Modifier):
             self.targets,
             self.ignore,
         )
+        check_count(self.layers, {candidate.layer for candidate in candidates})
         if self.share_skeleton:
             candidates = joined(model, layers, candidates)
             if not any(candidate.shared for candidate in candidates):
@@ -281,6 +284,10 @@ class CURModifier(Modifier):
                     "on factors that are not fitted yet. Call oneshot with its default "
                     "`pipeline='independent'`."
                 )
+            for waiting in self._pending:
+                for container in waiting.containers.values():
+                    if torch.accelerator.is_available() and container.dense is not None:
+                        set_onload_device(container.dense, get_main_device())
             if self.by_layers:
                 run_layers(
                     state.model,
@@ -292,11 +299,8 @@ class CURModifier(Modifier):
                     refine=self.refine,
                 )
                 return
-            for waiting in self._pending:
-                for container in waiting.containers.values():
-                    if torch.accelerator.is_available() and container.dense is not None:
-                        set_onload_device(container.dense, get_main_device())
-                if self.recipe.needs_activations:
+            if self.recipe.needs_activations:
+                for waiting in self._pending:
                     self.register_hook(waiting.first, self._observe, "forward_pre")  # type: ignore[arg-type]
 
     def on_sequential_epoch_end(
@@ -370,6 +374,8 @@ class CURModifier(Modifier):
                 f"no calibration data, but {', '.join(reasons)} need it. Pass `dataset=` to "
                 "oneshot, or set `scores: weight`, `fit: weight` and `layers: {select: all}`."
             )
+        if self.refine is not None:
+            split(len(collect_samples(batches)), self.refine.validation_share, self.seed)
 
     def _choose(
         self,
@@ -390,7 +396,8 @@ class CURModifier(Modifier):
             costs = expected_growth(
                 planned, self.form, self.rank, self.rank_unit, sensitivity.spectra, len(layers)
             )
-        chosen = choose_layers(self.layers, len(layers), self.seed, costs)
+        pool = {c.layer for c in planned}
+        chosen = choose_layers(self.layers, pool, self.seed, costs)
         planned = [c for c in planned if c.layer in chosen]
         if self.rank.energy is not None:
             energies = {

@@ -77,8 +77,8 @@ class CURHealModifier(Modifier):
         - train; write the best factors back; let go of the dense layers
 
     Cost: a step is ``batch_size`` passes forward and backward of one window through the layers from
-    the first factored one on; memory that of one window's activations, the dense layers, and four
-    copies of the trained factors in float32.
+    the first factored one on; memory that of one window's activations, the dense layers, and eight
+    copies of the trained factors in float32, with two matrices ``(r, r)`` for each.
 
     :param steps: at most so many steps
     :param batch_size: windows a step, passed one after another

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +18,7 @@ from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.config import LayersConfig
 from cur_modifier.precision import half_products
 
-__all__ = ["choose_layers", "decoder_layers", "survey"]
+__all__ = ["candidate_layers", "check_count", "choose_layers", "decoder_layers", "survey"]
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -67,33 +67,36 @@ def candidate_layers(config: LayersConfig, total: int) -> list[int]:
     return pool[-count:] if config.select == "last" else pool
 
 
+def check_count(config: LayersConfig, pool: Collection[int]) -> None:
+    """Raises:
+    ValueError: fewer candidate layers have targets, those in ``pool``, than are to be chosen.
+    """
+    chooses = config.select in ("angular", "random", "sensitivity")
+    if chooses and config.resolved_count > len(pool):
+        raise ValueError(
+            f"layers.count is {config.resolved_count}, but the targets match modules in "
+            f"{len(pool)} of the layers to choose from. Lower `layers.count`."
+        )
+
+
 def choose_layers(
-    config: LayersConfig, total: int, seed: int, costs: Sequence[float] | None
+    config: LayersConfig, pool: Collection[int], seed: int, costs: Sequence[float] | None
 ) -> list[int]:
     """The chosen layer indices, ascending.
 
     Args:
+        pool: candidate layers that have targets; at least as many as are to be chosen.
         costs: by layer, of which the least are taken: angular distances for ``angular``, expected
-            growth of the loss for ``sensitivity``, infinite where a layer has no targets. Ties go
-            to the deeper layer.
-
-    Raises:
-        ValueError: fewer layers have targets than are to be chosen.
+            growth of the loss for ``sensitivity``. Ties go to the deeper layer.
     """
-    pool = candidate_layers(config, total)
+    chosen = sorted(pool)
     if config.select == "random":
-        pool = random.Random(seed).sample(pool, config.resolved_count)
+        chosen = random.Random(seed).sample(chosen, config.resolved_count)
     elif config.select in ("angular", "sensitivity"):
         assert costs is not None
-        pool.sort(key=lambda index: (costs[index], -index))
-        pool = pool[: config.resolved_count]
-        without = [index for index in pool if math.isinf(costs[index])]
-        if without:
-            raise ValueError(
-                f"layers.count is {config.resolved_count}, but the targets match modules in "
-                f"{config.resolved_count - len(without)} layers only. Lower `layers.count`."
-            )
-    return sorted(pool)
+        chosen.sort(key=lambda index: (costs[index], -index))
+        chosen = chosen[: config.resolved_count]
+    return sorted(chosen)
 
 
 def survey(
@@ -119,6 +122,7 @@ def survey(
     tokens: dict[str, int] = dict.fromkeys(watched, 0)
     samples = 0
     last: torch.Tensor | None = None
+    real: torch.Tensor | None = None
 
     def watch_layer(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -137,7 +141,7 @@ def survey(
 
     def watch_input(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            rows = real_rows(args[0].detach(), real).float()
             squares[name] = squares.get(name, 0) + rows.square().sum(dim=0)
             tokens[name] += rows.shape[0]
 
@@ -154,7 +158,7 @@ def survey(
             stack.callback(module.register_forward_pre_hook(watch_input(name)).remove)
         for batch in tqdm(batches, desc="Surveying the dense model"):
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            last = last_real_token(batch)
+            last, real = last_real_token(batch), real_tokens(batch)
             samples += last.shape[0]
             model(**batch)
 
@@ -166,6 +170,21 @@ def angular_distance(entering: torch.Tensor, leaving: torch.Tensor) -> float:
     """Sum over samples of ``arccos(cos) / π`` between two ``(samples, hidden)`` tensors."""
     cosine = nn.functional.cosine_similarity(entering.double(), leaving.double(), dim=-1)
     return float(cosine.clamp(-1, 1).arccos().sum() / math.pi)
+
+
+def real_tokens(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """``(samples · tokens,)``, False for padding; None where there is none."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2 or bool(mask.all()):
+        return None
+    return mask.bool().flatten()
+
+
+def real_rows(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """``x (samples, tokens, n)`` as rows, without those of padding. An expert, which sees a choice
+    of the tokens, has all of its own."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if real is None or len(real) != len(rows) else rows[real]
 
 
 def last_real_token(batch: Mapping[str, Any]) -> torch.Tensor:

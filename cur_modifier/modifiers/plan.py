@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from compressed_tensors.offload import get_offloaded_device
 from compressed_tensors.utils import is_match, match_named_modules
 from llmcompressor.modifiers import Modifier
 from loguru import logger
@@ -100,7 +101,10 @@ class Candidate:
         assert self.rank is not None
         m, n = self.shape
         weight = self.first.weight
-        like: Any = {"device": device or weight.device, "dtype": weight.dtype}
+        if device is None:  # not where the weight is brought to be computed with
+            offloaded = get_offloaded_device(self.first)
+            device = "cpu" if offloaded == "disk" else offloaded
+        like: Any = {"device": device, "dtype": weight.dtype}
         if not self.shared:
             [name] = self.members
             return {name: FACTORED_CLASSES[form](n, m, self.rank, bias=self.bias, **like)}

@@ -78,8 +78,8 @@ def refine_layer(
         The losses. A layer whose training diverges, or gains nothing, keeps its fit.
 
     Cost: two eigendecompositions a factor; a step is a forward and backward pass of ``batch_size``
-    windows through one layer; memory that pass's activations, and five float32 copies of the
-    factors.
+    windows through one layer; memory that pass's activations, eight float32 copies of the
+    factors, and for each the roots ``(r, r)`` and ``(m, m)`` or ``(n, n)`` of its surroundings.
     """
     layer = streams.layer
     streams.unsettle()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
+from compressed_tensors.offload import disable_onloading
 from torch import nn
 
 __all__ = [
@@ -130,13 +130,15 @@ def parameter_bytes(model: nn.Module) -> int:
     """Bytes that the model's parameters take in a checkpoint, tied tensors once.
 
     Quantized weights count at their bits plus scales and zero points as stored; padding by a format
-    is not counted. Costs no data access.
+    is not counted. Costs no data access, also where weights are offloaded.
     """
     seen: set[tuple[int, int]] = set()
     total = 0
-    for key, tensor in model.state_dict().items():
+    with disable_onloading():
+        state = model.state_dict()
+    for key, tensor in state.items():
         owner, _, name = key.rpartition(".")
-        identity = (tensor.data_ptr(), tensor.numel())
+        identity = (tensor.data_ptr() or id(tensor), tensor.numel())  # on disk there is no pointer
         if identity in seen and tensor.numel():
             continue
         seen.add(identity)
@@ -153,7 +155,8 @@ def parameter_bytes(model: nn.Module) -> int:
 
 def parameter_count(model: nn.Module) -> int:
     """Parameters of the model, tied ones once."""
-    unique: dict[int, torch.Tensor] = {p.data_ptr(): p for p in model.parameters()}
+    with disable_onloading():
+        unique = {p.data_ptr() or id(p): p for p in model.parameters()}
     return sum(p.numel() for p in unique.values())
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from torch import nn
 
 from cur_modifier.factored import FactoredLinear
@@ -48,7 +49,8 @@ class LayerStreams:
         device: where layers are run.
 
     Cost: one forward pass of one batch, and the embedding of all. Memory: two hidden states a
-    token, in the model's dtype, and the layers' other arguments.
+    token, in the model's dtype, and the layers' other arguments; of the layer in work also what
+    :meth:`run_dense` returns.
 
     Raises:
         ValueError: the model does more between its layers than hand on the hidden state, so they
@@ -95,25 +97,29 @@ class LayerStreams:
 
     @torch.no_grad()
     def run_dense(
-        self, modules: Mapping[str, nn.Module]
-    ) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]], list[list[str]]]:
+        self, modules: Mapping[str, nn.Module], *, keep_inputs: bool
+    ) -> tuple[list[torch.Tensor], dict[str, dict[int, torch.Tensor]], list[list[str]]]:
         """One pass of the dense stream through the layer, which is still dense.
 
         Returns:
-            The layer's outputs by batch; the inputs of ``modules`` by name and batch (one tensor
-            for modules that read the same); and the modules' names grouped by the tensor that they
-            read, in the order of execution.
+            The layer's outputs by batch; where they are kept, the inputs of ``modules`` by name and
+            batch (one tensor for modules that read the same), of those that a batch reaches; and
+            the names of the modules that any batch reaches, grouped by the tensor that they read,
+            in the order of execution.
         """
         outputs: list[torch.Tensor] = []
-        inputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+        inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in modules}
         groups: list[list[str]] = []
+        reached: set[str] = set()
         previous: list[torch.Tensor | None] = [None]
 
         def watch(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                inputs[name].append(args[0].detach())
-                if outputs:
+                if keep_inputs:
+                    inputs[name][len(outputs)] = args[0].detach()
+                if name in reached:
                     return
+                reached.add(name)
                 if previous[0] is args[0]:
                     groups[-1].append(name)
                 else:
@@ -135,19 +141,20 @@ class LayerStreams:
 
     @torch.no_grad()
     def moments(
-        self, module: nn.Module, dense_inputs: Sequence[torch.Tensor], features: int
+        self, module: nn.Module, dense_inputs: Mapping[int, torch.Tensor], features: int
     ) -> PairedMoments:
         """Moments of ``module``'s inputs, the compressed model's beside the dense one's.
 
-        Where the two see different tokens (an expert that routing reaches differently), the dense
-        ones are left out: the module is then not anchored.
+        Where the two see different numbers of tokens (an expert that routing reaches differently),
+        or the dense inputs were not kept, the dense ones are left out: the module is then not
+        anchored.
 
         Cost: a pass through the layer from the last part that is settled up to ``module``, and that
         of :class:`PairedMoments`; memory one tensor a token for every part of the layer.
         """
-        moments = PairedMoments(features, device=dense_inputs[0].device if dense_inputs else None)
+        moments = PairedMoments(features, device=self.device)
         for index, x in self._inputs_of(module):
-            dense = dense_inputs[index] if index < len(dense_inputs) else x
+            dense = dense_inputs.get(index, x)
             if dense.shape != x.shape:
                 dense = x
             rows, others = x.reshape(-1, features), dense.reshape(-1, features)
@@ -361,7 +368,8 @@ def _row(value: Any, row: int, samples: int) -> Any:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter of ``model`` asks for a gradient inside."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with disable_onloading():  # copies of offloaded ones would be others, and all there at once
+        asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asked:
         parameter.requires_grad_(False)
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +11,7 @@ pytest.importorskip("llmcompressor")
 from cur_modifier.linalg import Form, break_even_rank, stored_parameters
 from cur_modifier.modifiers.config import LayersConfig, RankConfig
 from cur_modifier.modifiers.factorize import quantization_noise
-from cur_modifier.modifiers.layers import candidate_layers, choose_layers
+from cur_modifier.modifiers.layers import candidate_layers, check_count, choose_layers
 
 SHAPES = {"m": st.integers(2, 200), "n": st.integers(2, 200)}
 FORMS = st.sampled_from(list(Form))
@@ -69,27 +67,37 @@ def test_paper_ranks() -> None:
 def test_chosen_layers(total: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, total - 2))
     distances = data.draw(st.lists(st.floats(0, 1), min_size=total, max_size=total))
-    chosen = choose_layers(LayersConfig(count=count), total, 0, distances)
+    config = LayersConfig(count=count)
+    chosen = choose_layers(config, candidate_layers(config, total), 0, distances)
     assert len(chosen) == count == len(set(chosen)) and chosen == sorted(chosen)
     assert 0 not in chosen and total - 1 not in chosen
     left_out = set(range(1, total - 1)) - set(chosen)
     assert all(distances[i] <= distances[j] for i in chosen for j in left_out)
 
 
-def test_layers_without_targets_are_not_chosen_by_sensitivity() -> None:
-    growth = [0.2, math.inf, 0.1, 0.3]
-    two = LayersConfig(select="sensitivity", count=2)
-    assert choose_layers(two, 4, 0, growth) == [0, 2]
-    with pytest.raises(ValueError, match="count is 4, but the targets match modules in 3 layers"):
-        choose_layers(LayersConfig(select="sensitivity", count=4), 4, 0, growth)
+@pytest.mark.parametrize("select", ["angular", "random", "sensitivity"])
+def test_layers_without_targets_are_not_chosen(select: str) -> None:
+    pool = {0, 2, 3}
+    two = LayersConfig(select=select, count=2)
+    check_count(two, pool)
+    assert set(choose_layers(two, pool, 0, [0.2, 0.0, 0.1, 0.3])) < pool
+    with pytest.raises(ValueError, match="count is 4, but the targets match modules in 3 of"):
+        check_count(LayersConfig(select=select, count=4), pool)
+
+
+def test_a_budget_needs_more_than_its_least() -> None:
+    with pytest.raises(ValueError, match=r"ratio 0\.3 is not above least 0\.3"):
+        RankConfig(ratio=0.3, budget="sensitivity")
+    RankConfig(ratio=0.3, budget="sensitivity", least=0.1)
 
 
 @given(total=st.integers(3, 40), seed=st.integers(0, 99))
 def test_random_layers_follow_the_seed(total: int, seed: int) -> None:
     config = LayersConfig(select="random", count=total - 2)
-    assert choose_layers(config, total, seed, None) == list(range(1, total - 1))
+    pool = candidate_layers(config, total)
+    assert choose_layers(config, pool, seed, None) == list(range(1, total - 1))
     few = LayersConfig(select="random", count=1)
-    assert choose_layers(few, total, seed, None) == choose_layers(few, total, seed, None)
+    assert choose_layers(few, pool, seed, None) == choose_layers(few, set(pool), seed, None)
 
 
 def test_all_last_and_listed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ def moments_of_a_layer(
 ) -> dict[str, torch.Tensor]:
     """Fit a layer as the stage does, group by group."""
     here = {n: c for n, c in containers.items() if n.startswith(f"{streams.depth}.")}
-    outputs, inputs, groups = streams.run_dense(here)
+    outputs, inputs, groups = streams.run_dense(here, keep_inputs=True)
     assert [len(group) for group in groups] == [3, 1, 2, 1]
     grams = {}
     for group in groups:
@@ -127,15 +128,34 @@ def test_a_part_that_does_more_behind_its_last_linear_is_run_whole(model: nn.Mod
     containers = factor_in_place(model)
     streams = streams_of(model)
     with torch.no_grad():
-        streams.run_dense({n: c for n, c in containers.items() if n.startswith("0.")})
+        here = {n: c for n, c in containers.items() if n.startswith("0.")}
+        streams.run_dense(here, keep_inputs=False)
     assert [end.module for end in streams._ends] == [layer.mlp.down_proj]
+
+
+def test_a_module_that_some_windows_do_not_reach_is_paired_with_its_own(model: nn.Module) -> None:
+    layer = model.model.layers[0]
+    expert = nn.Linear(*reversed(layer.mlp.up_proj.weight.shape), bias=False)
+    layer.mlp.expert = expert
+    whole, call = layer.mlp.forward, count()
+
+    def routed(x: torch.Tensor) -> torch.Tensor:
+        return whole(x) if next(call) % BATCHES == 0 else whole(x) + 0 * expert(x).sum()
+
+    streams = streams_of(model)
+    layer.mlp.forward = routed
+    with torch.no_grad():
+        _, inputs, groups = streams.run_dense({"expert": expert}, keep_inputs=True)
+        assert groups == [["expert"]] and list(inputs["expert"]) == list(range(1, BATCHES))
+        _, drift = streams.moments(expert, inputs["expert"], expert.in_features).moments()
+    assert not drift.any()
 
 
 def test_the_streams_part_at_the_first_layer_that_is_changed(model: nn.Module) -> None:
     streams = streams_of(model)
     parted = []
     for index, changed in enumerate((False, True)):
-        outputs, _, _ = streams.run_dense({})
+        outputs, _, _ = streams.run_dense({}, keep_inputs=False)
         if changed:
             with torch.no_grad():
                 model.model.layers[index].mlp.down_proj.weight.mul_(2)  # a Linear as before
