@@ -49,7 +49,7 @@ def mpifa(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
         for index in tqdm(range(len(layers)), desc="Factoring layers", leave=False):
             prefix = f"model.layers.{index}."
             own = {name: m for name, m in linears.items() if name.startswith(prefix)}
-            outputs, inputs, groups = streams.run_dense(own)
+            outputs, inputs, groups = streams.run_dense(own, keep_inputs=True)
             for group in groups:
                 first = own[group[0]]
                 gram, drift = streams.moments(first, inputs[group[0]], first.in_features).moments()
