@@ -85,16 +85,17 @@ class RankConfig(BaseModel):
                 f"rank has {given or 'nothing'} set; give exactly one of fixed, max, ratio, "
                 "energy, e.g. `rank: {ratio: 0.8}`."
             )
-        if self.budget == "sensitivity" and self.ratio is None:
-            raise ValueError(
-                f"budget 'sensitivity' spends a ratio, but {given[0]} is given. Write e.g. "
-                "`rank: {ratio: 0.8, budget: sensitivity}`."
-            )
-        if self.budget == "sensitivity" and self.ratio is not None and self.ratio <= self.least:
-            raise ValueError(
-                f"ratio {self.ratio} is not above least {self.least}, which a budget by "
-                "sensitivity leaves of every module. Raise the ratio, or lower `least`."
-            )
+        if self.budget == "sensitivity":
+            if self.ratio is None:
+                raise ValueError(
+                    f"budget 'sensitivity' spends a ratio, but {given[0]} is given. Write e.g. "
+                    "`rank: {ratio: 0.8, budget: sensitivity}`."
+                )
+            if self.ratio <= self.least:
+                raise ValueError(
+                    f"ratio {self.ratio} is not above least {self.least}, which a budget by "
+                    "sensitivity leaves of every module. Raise the ratio, or lower `least`."
+                )
         return self
 
     def choose(

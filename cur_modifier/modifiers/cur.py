@@ -284,10 +284,11 @@ class CURModifier(Modifier):
                     "on factors that are not fitted yet. Call oneshot with its default "
                     "`pipeline='independent'`."
                 )
-            for waiting in self._pending:
-                for container in waiting.containers.values():
-                    if torch.accelerator.is_available() and container.dense is not None:
-                        set_onload_device(container.dense, get_main_device())
+            if torch.accelerator.is_available():
+                for waiting in self._pending:
+                    for container in waiting.containers.values():
+                        if container.dense is not None:
+                            set_onload_device(container.dense, get_main_device())
             if self.by_layers:
                 run_layers(
                     state.model,
@@ -396,8 +397,7 @@ class CURModifier(Modifier):
             costs = expected_growth(
                 planned, self.form, self.rank, self.rank_unit, sensitivity.spectra, len(layers)
             )
-        pool = {c.layer for c in planned}
-        chosen = choose_layers(self.layers, pool, self.seed, costs)
+        chosen = choose_layers(self.layers, {c.layer for c in planned}, self.seed, costs)
         planned = [c for c in planned if c.layer in chosen]
         if self.rank.energy is not None:
             energies = {

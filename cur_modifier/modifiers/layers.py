@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.config import LayersConfig
+from cur_modifier.modifiers.streams import real_rows, real_tokens
 from cur_modifier.precision import half_products
 
 __all__ = ["candidate_layers", "check_count", "choose_layers", "decoder_layers", "survey"]
@@ -170,21 +171,6 @@ def angular_distance(entering: torch.Tensor, leaving: torch.Tensor) -> float:
     """Sum over samples of ``arccos(cos) / π`` between two ``(samples, hidden)`` tensors."""
     cosine = nn.functional.cosine_similarity(entering.double(), leaving.double(), dim=-1)
     return float(cosine.clamp(-1, 1).arccos().sum() / math.pi)
-
-
-def real_tokens(batch: Mapping[str, Any]) -> torch.Tensor | None:
-    """``(samples · tokens,)``, False for padding; None where there is none."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2 or bool(mask.all()):
-        return None
-    return mask.bool().flatten()
-
-
-def real_rows(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """``x (samples, tokens, n)`` as rows, without those of padding. An expert, which sees a choice
-    of the tokens, has all of its own."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if real is None or len(real) != len(rows) else rows[real]
 
 
 def last_real_token(batch: Mapping[str, Any]) -> torch.Tensor:

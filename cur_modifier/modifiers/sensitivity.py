@@ -27,8 +27,7 @@ from tqdm import tqdm
 from cur_modifier.cache import cache_folder, keep_newest
 from cur_modifier.linalg import GramAccumulator, curvature_spectrum
 from cur_modifier.modifiers import upstream
-from cur_modifier.modifiers.layers import real_rows, real_tokens
-from cur_modifier.modifiers.streams import frozen
+from cur_modifier.modifiers.streams import frozen, real_rows, real_tokens
 from cur_modifier.modifiers.training import digest
 from cur_modifier.precision import half_products
 

@@ -22,7 +22,7 @@ from cur_modifier.factored import FactoredLinear
 from cur_modifier.linalg import PairedMoments
 from cur_modifier.precision import half_products
 
-__all__ = ["LayerStreams", "frozen", "replaced_forward"]
+__all__ = ["LayerStreams", "frozen", "real_rows", "real_tokens", "replaced_forward"]
 
 
 class _ReachedError(Exception):
@@ -157,12 +157,8 @@ class LayerStreams:
             dense = dense_inputs.get(index, x)
             if dense.shape != x.shape:
                 dense = x
-            rows, others = x.reshape(-1, features), dense.reshape(-1, features)
-            real = self.batches[index].real.flatten()
-            # An expert sees a choice of the tokens; where all are real nothing is to be copied.
-            if len(real) == len(rows) and not bool(real.all()):
-                rows, others = rows[real], others[real]
-            moments.update(rows, others)
+            real = self.batches[index].real
+            moments.update(real_rows(x, real), real_rows(dense, real))
         return moments
 
     @torch.no_grad()
@@ -320,10 +316,10 @@ class LayerStreams:
                 stack.enter_context(replaced_forward(layer, passing(layer)))
             with suppress(_ReachedError):
                 self._model(**inputs)
-        mask = inputs.get("attention_mask")
-        if mask is None or mask.ndim != 2:
-            mask = torch.ones(first[0].shape[:2], device=self.device)
-        return _Batch(first[0], first[0], arguments, real=mask.bool())
+        real = real_tokens(inputs)
+        if real is None:
+            real = torch.ones(first[0].shape[:2], dtype=torch.bool, device=self.device)
+        return _Batch(first[0], first[0], arguments, real=real)
 
 
 @dataclass
@@ -363,6 +359,21 @@ def _row(value: Any, row: int, samples: int) -> Any:
     if torch.is_tensor(value) and value.ndim > 1 and value.shape[0] == samples:
         return value[row : row + 1]
     return value
+
+
+def real_tokens(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """``(samples, tokens)``, False for padding; None where the batch does not say."""
+    mask = batch.get("attention_mask")
+    return None if mask is None or mask.ndim != 2 else mask.bool()
+
+
+def real_rows(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """``x (samples, tokens, n)`` as rows, without those of padding."""
+    rows = x.reshape(-1, x.shape[-1])
+    # An expert sees a choice of the tokens; where all are real nothing is to be copied.
+    if real is None or real.numel() != len(rows) or bool(real.all()):
+        return rows
+    return rows[real.flatten()]
 
 
 @contextmanager

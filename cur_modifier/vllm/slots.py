@@ -100,13 +100,13 @@ class Slots:
         Raises:
             LayoutError: a tensor that never came; it would be served as noise.
         """
-        if len(self.missing) == sum(len(loaders) for loaders in self.loaders.values()):
-            raise LayoutError(
-                f"no tensor of {self.layer.prefix} was loaded. The checkpoint is incomplete, or "
-                "vLLM did not read it: the plugin can't serve factors that --load-format dummy "
-                "makes up."
-            )
         if self.missing:
+            if len(self.missing) == sum(len(loaders) for loaders in self.loaders.values()):
+                raise LayoutError(
+                    f"no tensor of {self.layer.prefix} was loaded. The checkpoint is incomplete, "
+                    "or vLLM did not read it: the plugin can't serve factors that --load-format "
+                    "dummy makes up."
+                )
             raise LayoutError(
                 f"{sorted(self.missing)[0]} is missing from the checkpoint"
                 f"{f' (and {len(self.missing) - 1} more)' if len(self.missing) > 1 else ''}. "
