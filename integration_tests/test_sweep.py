@@ -116,18 +116,19 @@ def test_a_sweep_that_is_cut_off_continues(given: dict[str, Any], tmp_path: Path
 
 
 def test_a_trial_that_fails_stops_no_other(given: dict[str, Any], tmp_path: Path) -> None:
-    """A ratio that leaves no rank: its trial is FAILED, with the reason."""
+    """A ratio below what the least ranks of this model store: its trial is FAILED, with the
+    reason."""
     store = f"sqlite:///{tmp_path / 'store.db'}"
-    given |= {"forms": "id,dense", "ratios": "0.01", "quantizations": "none"}
+    given |= {"forms": "id,dense", "ratios": "0.301", "quantizations": "none"}
     done = run_project("sweep", store, **given)
     assert done.returncode == 0, done.stderr[-4000:]
     client = MlflowClient(tracking_uri=store)
     runs = {run.info.run_name: run for run in client.search_runs(["0"])}
     assert runs["dense-none"].info.status == "FINISHED"
-    failed = runs["id-0.01-none"]
+    failed = runs["id-0.301-none"]
     assert failed.info.status == "FAILED"
-    assert "ratio 0.01" in failed.data.tags["error"]
-    assert "1 failed: id-0.01-none" in done.stdout
+    assert "ratio 0.301 allows" in failed.data.tags["error"]
+    assert "1 failed: id-0.301-none" in done.stdout
 
 
 def test_a_search_does_not_measure_twice(given: dict[str, Any], tmp_path: Path) -> None:
@@ -154,6 +155,7 @@ def test_a_search_does_not_measure_twice(given: dict[str, Any], tmp_path: Path) 
         ({"selections": "best"}, "id-0.8-best-none: .*deim"),
         ({"ratios": "80"}, "a ratio is parameters stored after ÷ before, between 0 and 1"),
         ({"ratios": "a"}, "not a list of numbers"),
+        ({"ratios": "0.2"}, "id-0.2-none: .*ratio 0.2 is not above least 0.3"),
         ({"data": "/nowhere/text.txt"}, "data: no file or folder '/nowhere/text.txt'"),
         ({"windows": "4000"}, "text: .*windows of 64 need 256000"),
         ({"output": "{text}"}, "is a file"),
