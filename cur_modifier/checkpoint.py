@@ -164,8 +164,8 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
                 _replace(partial, target)
             except OSError as error:
                 raise OSError(
-                    f"the checkpoint is complete, but can't be put at {target} ({error}). It is in "
-                    f"{partial}: move it from there before you save again."
+                    f"the checkpoint is complete, but can't all be put at {target} ({error}). What "
+                    f"is not there is in {partial}: move it from there before you save again."
                 ) from error
 
     save_pretrained._cur_wrapped = True  # type: ignore[attr-defined]
@@ -218,8 +218,8 @@ def _replace_files(new: Path, target: Path) -> None:
 
 
 def _pack(model: nn.Module) -> None:
-    """Pack quantized factors that a forward pass has unpacked, as their saved config says they "
-    "are."""
+    """Pack quantized factors that a forward pass has unpacked, as their saved config says they
+    are."""
     if not any(getattr(m, "quantization_scheme", None) is not None for m in model.modules()):
         return
     from compressed_tensors.compressors import ModelCompressor

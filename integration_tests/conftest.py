@@ -106,8 +106,8 @@ def smollm2_data(smollm2: Path, reference_text: Path) -> Dataset:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of the usual shape with random weights: 13 layers, grouped-query attention, "
-    "biases."""
+    """A Llama of the usual shape with random weights: 13 layers, grouped-query attention,
+    biases."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,

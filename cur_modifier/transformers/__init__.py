@@ -27,7 +27,7 @@ class PluginQuantizer(CURQuantizer):
 
 
 def register() -> None:
-    """Make the quantizer known to transformers, in place of one that a checkpoint's code "
-    "brought."""
+    """Make the quantizer known to transformers, in place of one that a checkpoint's code
+    brought."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = CURConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PluginQuantizer
