@@ -128,6 +128,7 @@ def test_rows_are_measured_kept_and_measured_again(
             "stored_ratio",
             "seconds",
             "peak_rss_bytes",
+            "model",
         ]
         assert 150 < row["ppl_wikitext"] < 350 and 150 < row["ppl_c4"] < 350  # 256 at random
         assert row["peak_rss_bytes"] > 10**8
@@ -136,6 +137,10 @@ def test_rows_are_measured_kept_and_measured_again(
     status, more = run(*some, "--ratios=0.8,0.6")
     assert status == 0 and more[:2] == rows and more[2]["ratio"] == 0.6
     assert "1 rows to measure, 2 in" in capfd.readouterr().out
+
+    with pytest.raises(SystemExit):  # held-out text is no test text
+        run(*some, "--held-out")
+    assert "rows of another held_out" in capfd.readouterr().err
 
     status, again = run(*some, "--ratios=0.6", "--methods=svd-llm", "--again")
     assert [r["ratio"] for r in again] == [None, 0.8, 0.6]

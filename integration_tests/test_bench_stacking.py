@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stacking import Point, main
+from stacking import Point, main, plot
 
 ROW = ["ratio", "bits", "group_size", "bytes", "ppl_wikitext", "seconds"]
 
@@ -26,7 +26,9 @@ def test_points_are_measured_kept_and_drawn(
     assert main([*given, "--bits=8,3", "--ratios=0.7"]) == 0
     rows = {(row["ratio"], row["bits"]): row for row in json.loads(output.read_text())}
     assert list(rows) == [(None, None), (None, 8), (None, 3), (0.7, 4)]
-    assert all(list(row) == ROW for row in rows.values())
+    settings = {"model": str(bench_model), "samples": 8, "sequence_length": 64}
+    for row in rows.values():
+        assert list(row) == [*ROW, *settings] and settings.items() <= row.items()
     assert [row["group_size"] for row in rows.values()] == [None, 64, 64, 32]
     size = {key: row["bytes"] for key, row in rows.items()}
     assert size[None, None] > size[None, 8] > size[None, 3] > 0
@@ -40,11 +42,23 @@ def test_points_are_measured_kept_and_drawn(
 
     assert main([*given, "--bits=8,3", "--ratios=0.7"]) == 0
     assert "0 points to measure, 4 in" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*given[:3], "--samples=9", "--sequence-length=64"])
+    assert "rows of another samples (8, now 9)" in capfd.readouterr().err
     # Groups of 32 do not divide a rank of 16, so nothing of this ratio can be quantized.
     status = main([*given, "--bits=8", "--ratios=0.05"])
     printed = capfd.readouterr().out
     assert status == 1 and "failed: status 1; see" in printed
     assert "id-0.05-4bit" in printed and len(json.loads(output.read_text())) == 4
+
+
+def test_every_number_of_bits_is_drawn() -> None:
+    rows = [
+        {"ratio": 0.8, "bits": bits, "bytes": 1e6 * bits, "ppl_wikitext": 30.0, "model": "/x/tiny"}
+        for bits in range(1, 9)
+    ]
+    axes = plot(rows).axes[0]
+    assert axes.get_title() == "tiny at equal bytes" and len(axes.get_legend().texts) == 8
 
 
 @pytest.mark.parametrize(

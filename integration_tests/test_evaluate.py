@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -174,6 +175,32 @@ def direct(model: Path, data: Path, folder: Path) -> dict[str, float]:
     }
 
 
+def test_a_server_may_know_the_end_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vllm serve out` in a checkpoint's folder answers by that name."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    backends = load_script(EVALUATE.with_name("backends.py"))
+    for name in ("/home/me/out", "out", "./out", "me/out"):
+        assert backends._names(name, "/home/me/out"), name
+    for name in (None, "", ".", "you/out", "ut", "/out", "/home/me/out/more"):
+        assert not backends._names(name, "/home/me/out"), name
+    assert backends._names("org/out", "org/out") and not backends._names("out", "org/out")
+
+
+def test_what_is_better_lower_has_a_panel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EVALUATE.parent))
+    tasks = load_script(EVALUATE.with_name("tasks.py"))
+    figures = load_script(EVALUATE.parents[1] / "figures.py")
+    results = {"lambada": {"perplexity,none": 30.0, "acc,none": 0.4}}
+    better = {"lambada": {"perplexity": False, "acc": True}}
+    found = list(tasks._figures(results, {}, better))
+    panels = figures.before_after(found, found).axes
+    assert [panel.get_xlabel() for panel in panels] == [
+        "perplexity (lower is better)",
+        "score (higher is better)",
+    ]
+    assert [len(panel.get_yticks()) for panel in panels] == [1, 1]
+
+
 def test_local_questions_are_those_of_the_files(task_data: Path, tmp_path: Path) -> None:
     """lm-eval's own prompts, around what the files hold. Fails when upstream moves its tasks."""
     from lm_eval.tasks import TaskManager
@@ -281,6 +308,8 @@ def test_vllm_agrees_with_transformers(
         ({"backend": "onnx"}, "'onnx' is not transformers, vllm or the URL"),
         ({"backend": "http://127.0.0.1:9"}, "no server of the OpenAI API answers.*backend=vllm"),
         ({"backend": "http://127.0.0.1:9", "baseline": "x"}, "serves one model"),
+        ({"backend": "http://127.0.0.1:9", "dtype": "float32"}, "a dtype of its own"),
+        ({"baseline": "{other}"}, "cut held.out into other tokens"),
     ],
 )
 def test_bad_input_is_named_before_the_slow_part(
@@ -296,6 +325,9 @@ def test_bad_input_is_named_before_the_slow_part(
     (tmp_path / "empty").mkdir()
     places = {"text": text, "folder": tmp_path, "tasks": task_data, "empty": tmp_path / "empty"}
     places["model"] = bench_model
+    places["other"] = shutil.copytree(bench_model, tmp_path / "other")
+    tokenizer = places["other"] / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"a":', '"_":').replace('"b":', '"a":'))
     given: dict[str, Any] = {"model": str(bench_model), "data": str(text), "windows": "2"}
     given |= {"sequence-length": "64", **change}
     given = {k: v if v is None else v.format(**places) for k, v in given.items()}

@@ -95,20 +95,48 @@ def test_compress_on_a_full_disk_leaves_nothing(
         ({"samples": "0"}, "not a whole number"),
         ({"samples": "1.5"}, "not a whole number"),
         ({"output": "{text}"}, "is a file"),
+        ({"output": "{text}/out"}, "out lies below .*text.txt, which is a file"),
+        ({"model": "{model}", "samples": "4000"}, "windows of 1024 need 4096000"),
         ({"model": "/nowhere/model"}, "no checkpoint at /nowhere/model"),
     ],
 )
 def test_bad_input_is_named_before_the_slow_part(
     change: dict[str, str],
     message: str,
+    bench_model: Path,
     text: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     script = load_script(PROJECTS / "compress" / "compress.py")
     given = {"model": "x", "recipe": "id", "data": str(text), "output": str(tmp_path / "out")}
-    given |= {key: value.format(text=text) for key, value in change.items()}
+    given |= {key: value.format(text=text, model=bench_model) for key, value in change.items()}
     assert re.search(message, refusal(script, given, capsys))
+
+
+def test_figures_have_names_that_mlflow_takes(tmp_path: Path) -> None:
+    arguments = load_script(PROJECTS / "arguments.py")
+    (tmp_path / "wiki (1)+2.test.raw").touch()
+    assert arguments.text_name(str(tmp_path / "wiki (1)+2.test.raw")) == "wiki -1--2.test"
+    assert arguments.text_name("Salesforce/wikitext") == "wikitext"
+
+
+def test_a_model_whose_run_was_deleted_gets_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow still finds it, but takes no figures for its run."""
+    registry = load_script(PROJECTS / "registry.py")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'store.db'}")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'store.db'}")
+    made = []
+    for name in ("first", "second"):
+        with mlflow.start_run() as run:
+            made.append(registry.register(run.info.run_id, name, tmp_path, {}))
+    assert registry.registered(tmp_path).model_id == made[1].model_id
+    mlflow.delete_run(made[1].source_run_id)
+    assert registry.registered(tmp_path).model_id == made[0].model_id
+    mlflow.delete_run(made[0].source_run_id)
+    assert registry.registered(tmp_path) is None
 
 
 def test_a_path_in_the_folder_of_the_project_is_refused(
@@ -176,6 +204,7 @@ def test_what_is_logged_is_what_the_table_says(
             name = name.replace(place, value)
         named.add(name)
     optional = {"peak_accelerator_bytes"}  # needs an accelerator
+    optional |= {name for name in named if name.startswith("MODEL/")}  # of bench/serving
     assert named - metrics <= optional
     others = {name for name in metrics - named if not name.startswith("baseline/")}
     assert {name.replace("acc_norm", "acc") for name in others} <= named

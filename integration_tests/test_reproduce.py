@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,12 @@ def domains(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_an_experiment_is_a_section(
-    experiment: str, rows: int, claim: str, given: dict[str, Any], tmp_path: Path
+    experiment: str,
+    rows: int,
+    claim: str,
+    given: dict[str, Any],
+    bench_data: Path,
+    tmp_path: Path,
 ) -> None:
     store = f"sqlite:///{tmp_path / 'store.db'}"
     done = run_project("reproduce", store, entry_point=experiment, **given)
@@ -65,13 +71,19 @@ def test_an_experiment_is_a_section(
         assert json.loads((out / "curing.json").read_text()) == held
         other = run_project("reproduce", store, entry_point=experiment, **{**given, "windows": 1})
         assert other.returncode != 0 and "measured with another windows" in other.stderr
+        data = tmp_path / "other"
+        data.symlink_to(shutil.copytree(bench_data, tmp_path / "copy"))
+        other = run_project("reproduce", store, entry_point=experiment, **{**given, "data": data})
+        assert other.returncode != 0 and "measured with another data" in other.stderr
         note = "# Results\n\nOn the machine in the corner."
-        (out / "RESULTS.md").write_text(results.replace("# Results", note, 1))
+        discussion = "\n## Discussion\n\nAs expected.\n"
+        (out / "RESULTS.md").write_text(results.replace("# Results", note, 1) + discussion)
         weights = run_project("reproduce", store, entry_point="weights", **given)
         assert weights.returncode == 0, weights.stderr[-4000:]
         results = (out / "RESULTS.md").read_text()
         assert results.startswith(f"{note}\n\n## curing\n")
-        assert re.findall(r"^## (\w+)", results, re.MULTILINE) == ["curing", "weights"]
+        found = re.findall(r"^## (\w+)", results, re.MULTILINE)
+        assert found == ["curing", "weights", "Discussion"] and results.endswith(discussion)
         assert (out / "decay.png").exists() and (out / "structure.png").exists()
 
 

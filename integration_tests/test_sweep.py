@@ -128,6 +128,7 @@ def test_a_trial_that_fails_stops_no_other(given: dict[str, Any], tmp_path: Path
     failed = runs["id-0.301-none"]
     assert failed.info.status == "FAILED"
     assert "ratio 0.301 allows" in failed.data.tags["error"]
+    assert not list(given["output"].glob("*id-0.301*/checkpoint"))
     assert "1 failed: id-0.301-none" in done.stdout
 
 
@@ -148,6 +149,8 @@ def test_a_search_does_not_measure_twice(given: dict[str, Any], tmp_path: Path) 
         ({"forms": ""}, "forms: nothing is given"),
         ({"quantizations": "int4"}, "quantizations: int4 is not one of"),
         ({"forms": "cur"}, "form cur has no selection optimal"),
+        ({"forms": "dense,id,cur"}, "form cur has no selection optimal.*selections=optimal,deim"),
+        ({"selections": ","}, "selections: nothing is given"),
         (
             {"group_size": "48", "quantizations": "none,rtn4"},
             r"group_size 48 does not divide the 64 inputs of .*q_proj and of 20 .*divisor of 64",

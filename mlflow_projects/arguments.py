@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from pathlib import Path
 
 
@@ -27,9 +29,11 @@ def names(text: str) -> list[str]:
 
 
 def text_name(text: str) -> str:
-    """How a text is called in figures: its file's name without the ending."""
+    """How a text is called in figures: its file's name without the ending, with a dash for what
+    MLflow refuses in names."""
     path = Path(text)
-    return Path(path.name.removesuffix(".gz")).stem if path.exists() else path.name
+    name = Path(path.name.removesuffix(".gz")).stem if path.exists() else path.name
+    return re.sub(r"[^\w. -]", "-", name)
 
 
 def elsewhere(path: str | Path, project: Path) -> str:
@@ -40,14 +44,19 @@ def elsewhere(path: str | Path, project: Path) -> str:
 
 
 def check_output(parser: argparse.ArgumentParser, output: Path, project: Path) -> None:
-    """End with an error where ``output`` is no folder to write to, or lies in the project's own."""
+    """End with an error where ``output`` is no folder that can be written to, or lies in the
+    project's own."""
     if not output.is_absolute() and Path.cwd() == project:
         parser.error(
             f"output {output} would lie in the project's own folder, where `mlflow run` starts. "
             "Give a whole path: -P output=$PWD/out."
         )
-    if output.exists() and not output.is_dir():
-        parser.error(f"output {output} is a file. Name a folder.")
+    held = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not held.is_dir():
+        within = "" if held == output else f" lies below {held}, which"
+        parser.error(f"output {output}{within} is a file. Name a folder.")
+    if not os.access(held, os.W_OK | os.X_OK):
+        parser.error(f"output {output}: no permission to write in {held}. Name another folder.")
 
 
 def _whole(text: str, least: int) -> int:

@@ -26,17 +26,19 @@ def label_within_decades(axis: Any) -> None:
 
 
 def before_after(after: Sequence[Any], before: Sequence[Any]) -> Figure:
-    """Each figure of two models side by side, perplexities and accuracies in panels of their own.
+    """Each figure of two models side by side: perplexities and the like, and scores, in panels of
+    their own.
 
     Args:
-        after: of the model: items with ``name`` (``perplexity/TEXT`` or ``TASK/METRIC``), ``value``
-            and ``stderr``, drawn as a bar of error where it is known.
+        after: of the model: items with ``name`` (``perplexity/TEXT`` or ``TASK/METRIC``),
+            ``value``, ``higher_is_better`` and ``stderr``, drawn as a bar of error where it is
+            known.
         before: of the baseline, the same names.
     """
     pairs = list(zip(after, before, strict=True))
     panels = {
-        "perplexity (lower is better)": [p for p in pairs if p[0].name.startswith("perplexity/")],
-        "score (higher is better)": [p for p in pairs if not p[0].name.startswith("perplexity/")],
+        "perplexity (lower is better)": [p for p in pairs if not p[0].higher_is_better],
+        "score (higher is better)": [p for p in pairs if p[0].higher_is_better],
     }
     panels = {title: rows for title, rows in panels.items() if rows}
     most = max(len(rows) for rows in panels.values())

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "put_figure", "put_row", "put_rows", "put_text", "read_rows", "replacing"]
+__all__ = [
+    "Row",
+    "put_figure",
+    "put_row",
+    "put_rows",
+    "put_text",
+    "read_rows",
+    "refuse_others",
+    "replacing",
+]
 
 Row = dict[str, Any]
 
@@ -35,6 +44,26 @@ def read_rows(path: Path, key: Callable[[Row], object]) -> list[Row]:
             "file."
         ) from None
     return rows
+
+
+def refuse_others(path: Path, rows: Sequence[Row], settings: Mapping[str, object]) -> None:
+    """Make sure that rows may stand in one table with those to come.
+
+    Args:
+        settings: what all rows of a file share, by field; None is the default, which rows leave
+            out.
+
+    Raises:
+        ValueError: a row was measured under others.
+    """
+    for row in rows:
+        other = [name for name, value in settings.items() if row.get(name) != value]
+        if other:
+            name = other[0]
+            raise ValueError(
+                f"{path} holds rows of another {name} ({row.get(name) or 'the default'}, now "
+                f"{settings[name] or 'the default'}): they would not compare. Name another file."
+            )
 
 
 def put_row(path: Path, row: Row, key: Callable[[Row], object]) -> None:

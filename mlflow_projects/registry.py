@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.entities import LifecycleStage
 
 CHECKPOINT = "checkpoint"  # the tag of a logged model that holds its directory
 
@@ -24,7 +25,8 @@ def register(run_id: str, name: str, checkpoint: Path, params: Mapping[str, str]
 
 
 def registered(checkpoint: str | Path) -> Any | None:
-    """The newest logged model at this directory, in any experiment of the store."""
+    """The newest logged model at this directory, in any experiment of the store, whose run was not
+    deleted: figures go to both."""
     path = str(Path(checkpoint).resolve())
     if "'" in path:  # MLflow's filters know no way to write it
         return None
@@ -33,7 +35,10 @@ def registered(checkpoint: str | Path) -> Any | None:
         experiment_ids=experiments,
         filter_string=f"tags.{CHECKPOINT} = '{path}'",
         order_by=[{"field_name": "creation_timestamp", "ascending": False}],
-        max_results=1,
         output_format="list",
     )
-    return models[0] if models else None
+    return next((model for model in models if _run_is_active(model.source_run_id)), None)
+
+
+def _run_is_active(run_id: str) -> bool:
+    return mlflow.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE

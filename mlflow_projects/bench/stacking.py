@@ -17,6 +17,7 @@ stay beside the results.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -31,12 +32,13 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for files.py, figures.py
 
-from files import Row, put_figure, put_row, read_rows
+from files import Row, put_figure, put_row, read_rows, refuse_others
 from quality.methods import BUDGET, ID
 from quality.protocol import DATA, REPOSITORY, WIKI_TEST, WIKI_VALID, model_directory
 
 OUTPUT = Path("bench_out/stacking.json")
 DENSE_GROUP, FACTORED_GROUP = 64, 32
+SAMPLES, LENGTH = 64, 1024  # windows of the protocol, and their tokens
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     known = {point_of(row) for row in read_rows(options.output, point_of)}
     todo = [point for point in points if point not in known]
     print(f"{len(todo)} points to measure, {len(points) - len(todo)} in {options.output} already")
+    given = {name: value for name, value in options.settings.items() if value is not None}
     failed = []
     for number, point in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {point}", flush=True)
@@ -99,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed.append(point)
             print(f"    failed: {error}", flush=True)
             continue
-        put_row(options.output, row, point_of)
+        put_row(options.output, row | given, point_of)
         print(f"    {row['bytes'] / 1e6:.1f} MB, perplexity {row['ppl_wikitext']:.2f}", flush=True)
     rows = read_rows(options.output, point_of)
     if rows:
@@ -120,8 +123,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help=f"folder of the texts [{DATA}]")
     parser.add_argument("--model", help="directory of another; needs --output")
     parser.add_argument("--output", type=Path, help=f"JSON file of the points [{OUTPUT}]")
-    parser.add_argument("--samples", type=int, default=64, help="calibration windows [64]")
-    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens of each [1024]")
+    parser.add_argument(
+        "--samples", type=int, default=SAMPLES, help=f"calibration windows [{SAMPLES}]"
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, default=LENGTH, help=f"tokens of each [{LENGTH}]"
+    )
     options = parser.parse_args(arguments)
     missing = [file for file in (WIKI_VALID, WIKI_TEST) if not (options.data / file).is_file()]
     if missing:
@@ -129,15 +136,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--data {options.data} lacks {', '.join(missing)}: put WikiText-2's raw texts there, "
             "or name the folder that has them (make bench-stacking DATA=FOLDER)."
         )
-    other = options.model or (options.samples, options.sequence_length) != (64, 1024)
+    other = options.model or (options.samples, options.sequence_length) != (SAMPLES, LENGTH)
     if other and not options.output:
         parser.error(
             "another model or calibration without --output: its points would mix with those of "
             "SmolLM2 under the protocol. Name a file for them."
         )
     options.output = options.output or OUTPUT
+    options.settings = {
+        "model": str(Path(options.model).resolve()) if options.model else None,
+        "samples": options.samples if options.samples != SAMPLES else None,
+        "sequence_length": options.sequence_length if options.sequence_length != LENGTH else None,
+    }
     try:
-        read_rows(options.output, point_of)
+        refuse_others(options.output, read_rows(options.output, point_of), options.settings)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -235,8 +247,10 @@ def plot(rows: Sequence[Row]) -> Any:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     # Ways differ by marker and line as well.
-    styles = iter(zip(PALETTE[1:], "s^D", ("--", ":", "-."), strict=False))
+    looks = (itertools.cycle(each) for each in (PALETTE[1:], "s^Dv", ("--", ":", "-.")))
+    styles = zip(*looks, strict=True)
     ways: dict[str, list[Row]] = {}
+    model = Path(rows[0].get("model") or "SmolLM2-135M").name
     for row in sorted(rows, key=lambda row: row["bytes"]):
         if row["ratio"] is not None:
             way = "row ID" + ("" if row["bits"] is None else f" + GPTQ, {row['bits']} bits")
@@ -271,7 +285,7 @@ def plot(rows: Sequence[Row]) -> Any:
         ylabel="perplexity on WikiText-2",
         xscale="log",
         yscale="log",
-        title="SmolLM2-135M at equal bytes",
+        title=f"{model} at equal bytes",
     )
     axes.margins(x=0.1, y=0.08)
     for axis in (axes.xaxis, axes.yaxis):

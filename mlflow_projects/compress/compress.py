@@ -63,8 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     import mlflow
     from registry import register
     from run import check_recipe, compress, model_source, weight_bytes
+    from transformers import AutoTokenizer
 
-    from cur_modifier.data import read_documents
+    from cur_modifier.data import read_documents, token_windows
 
     try:
         check_recipe(options.recipe)
@@ -75,7 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
     except FileNotFoundError as error:
         sys.exit(f"compress: {error}{elsewhere(options.model, PROJECT)}")
     try:
-        read_documents(options.data)
+        token_windows(
+            read_documents(options.data),
+            AutoTokenizer.from_pretrained(model),
+            windows=options.samples,
+            sequence_length=options.sequence_length,
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"compress: {error}{elsewhere(options.data, PROJECT)}")
 

@@ -138,10 +138,25 @@ def url_backend(url: str, source: str) -> Iterator[Served]:
             f"no server of the OpenAI API answers at {url} ({error}). Start one with "
             f"`vllm serve {source}`, or give backend=vllm, which starts its own."
         ) from None
-    served = [m for m in models if source in (m["id"], m.get("root"))]
+    served = [m for m in models if _names(m["id"], source) or _names(m.get("root"), source)]
     if not served:
         raise BackendError(
             f"{url} serves {[m['id'] for m in models]}, not {source}: its figures would be "
-            "another model's."
+            f"another model's. Serve it by that name: `vllm serve {source}`."
+        )
+    if "max_model_len" not in served[0]:
+        raise BackendError(
+            f"{url} does not say how long its prompts may be, which servers of vLLM do. Give "
+            "backend=vllm."
         )
     yield Served(client, served[0]["id"], served[0]["max_model_len"], source)
+
+
+def _names(name: str | None, source: str) -> bool:
+    """Whether a server that was started with ``name`` serves ``source``: a hub name, or a whole
+    path, of which the server may have been given the end, as of its own folder."""
+    if not name:
+        return False
+    end = Path(name).parts
+    whole = Path(source)
+    return name == source or (whole.is_absolute() and whole.parts[-len(end) :] == end)

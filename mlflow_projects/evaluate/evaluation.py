@@ -17,6 +17,7 @@ import argparse
 import csv
 import io
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--limit", type=count_or_none, default=None, help="questions a task; 0: all"
     )
     parser.add_argument("--few-shot", type=float, default=-1, help="-1: as each task has it")
-    parser.add_argument("--batch-size", type=count, default=8, help="questions at a time")
+    parser.add_argument(
+        "--batch-size", type=count, default=8, help="questions at a time, in transformers"
+    )
     parser.add_argument("--backend", default="transformers", help="transformers, vllm, or a URL")
     parser.add_argument(
         "--dtype",
@@ -85,6 +88,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"backend {options.backend!r} is not transformers, vllm or the URL of a server."
         )
+    if url and options.dtype:
+        parser.error(
+            f"{options.backend} serves in a dtype of its own, so {options.dtype} would have no "
+            "effect. Leave dtype out."
+        )
     if url and options.baseline:
         parser.error(
             f"{options.backend} serves one model, so it can't measure a baseline as well. Evaluate "
@@ -111,6 +119,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
     sources = {name: _source(name) for name in _models(options)}
     texts = _texts(options, sources[options.model])
+    if options.baseline:
+        _check_tokens(options, texts, _texts(options, sources[options.baseline]))
     tasks = _tasks(options)
     _check_backend(options)
 
@@ -122,12 +132,9 @@ def evaluate(options: argparse.Namespace) -> None:
             )
         figures: dict[str, list[Figure]] = {}
         for name, source in sources.items():
-            with _backend(options, source) as backend:
-                figures[name] = list(_perplexities(backend, texts, options))
-                if tasks is not None:
-                    found, raw = tasks.ask(backend)
-                    figures[name] += found
-                    mlflow.log_dict(raw, f"lm_eval-{_role(name, options)}.json")
+            figures[name], raw = _measured(source, texts, tasks, options)
+            if raw is not None:
+                mlflow.log_dict(raw, f"lm_eval-{_role(name, options)}.json")
             _log(figures[name], _role(name, options), model)
         mlflow.log_text(_csv(figures), "figures.csv")
         if options.baseline:
@@ -136,6 +143,18 @@ def evaluate(options: argparse.Namespace) -> None:
             mlflow.log_figure(before_after(*figures.values()), "before_after.png")
         print(_table(figures))
         print(f"MLflow run {run.info.run_id}" + (f", model {model.model_id}" if model else ""))
+
+
+def _measured(
+    source: str, texts: Mapping[str, Any], tasks: Tasks | None, options: argparse.Namespace
+) -> tuple[list[Figure], dict[str, Any] | None]:
+    """All figures of one model, with lm-eval's own results. The model is gone afterwards."""
+    with _backend(options, source) as backend:
+        figures = list(_perplexities(backend, texts, options))
+        if tasks is None:
+            return figures, None
+        found, raw = tasks.ask(backend)
+        return figures + found, raw
 
 
 def _models(options: argparse.Namespace) -> list[str]:
@@ -189,6 +208,19 @@ def _texts(options: argparse.Namespace, source: str) -> dict[str, Any]:
     return windows
 
 
+def _check_tokens(
+    options: argparse.Namespace, own: Mapping[str, Any], baseline: Mapping[str, Any]
+) -> None:
+    """Raise where perplexities would be of other tokens."""
+    for name, windows in own.items():
+        if not windows.equal(baseline[name]):
+            raise BadInputError(
+                f"the tokenizers of {options.model} and {options.baseline} cut {name} into other "
+                "tokens, so their perplexities would not compare. Give the dense model that was "
+                "compressed as baseline, or tasks alone."
+            )
+
+
 def _tasks(options: argparse.Namespace) -> Tasks | None:
     if not options.tasks:
         return None
@@ -203,7 +235,8 @@ def _perplexities(
 ) -> Iterator[Figure]:
     for name, windows in texts.items():
         found = backend.perplexity(windows, options.stride)
-        yield Figure(f"perplexity/{name}", found.perplexity, None, f"{found.tokens} tokens")
+        of = f"{found.tokens} tokens"
+        yield Figure(f"perplexity/{name}", found.perplexity, None, of, higher_is_better=False)
 
 
 def _check_backend(options: argparse.Namespace) -> None:
@@ -273,4 +306,5 @@ def _table(figures: Mapping[str, list[Figure]]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends what it started
     main()

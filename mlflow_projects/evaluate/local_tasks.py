@@ -90,7 +90,8 @@ def write_tasks(data: Path, out: Path) -> list[str]:
 
 
 def cached_tasks(data: Path) -> Path:
-    """A folder of the tasks of ``data``, made once for its files and this release of lm-eval.
+    """A folder of the tasks of ``data``, made once for its files and this copy of lm-eval, whose
+    own files it names.
 
     It lies in the user's cache folder.
     """
@@ -98,7 +99,8 @@ def cached_tasks(data: Path) -> Path:
 
     if not data.is_dir():
         raise FileNotFoundError(f"no folder {data} of task data.")
-    stamp = hashlib.sha256(lm_eval.__version__.encode() + Path(__file__).read_bytes())
+    stamp = hashlib.sha256(f"{lm_eval.__version__} {UPSTREAM} ".encode())
+    stamp.update(Path(__file__).read_bytes())
     for file in sorted(path for path in data.rglob("*") if path.is_file()):
         stamp.update(f"{file.relative_to(data)} ".encode())
         with file.open("rb") as opened:

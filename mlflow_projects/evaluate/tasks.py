@@ -24,6 +24,7 @@ class Figure:
     value: float
     stderr: float | None
     of: str  # what it counts: tokens, questions
+    higher_is_better: bool = True
 
 
 class Tasks:
@@ -79,12 +80,17 @@ class Tasks:
             log_samples=False,
         )
         found = {**results["results"], **results.get("groups", {})}
-        return list(_figures(found, results["n-samples"])), json.loads(
+        better = results.get("higher_is_better", {})
+        return list(_figures(found, results["n-samples"], better)), json.loads(
             json.dumps(results, default=str)
         )
 
 
-def _figures(results: Mapping[str, Any], samples: Mapping[str, Any]) -> Iterator[Figure]:
+def _figures(
+    results: Mapping[str, Any],
+    samples: Mapping[str, Any],
+    better: Mapping[str, Mapping[str, bool | None]],
+) -> Iterator[Figure]:
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
@@ -98,4 +104,5 @@ def _figures(results: Mapping[str, Any], samples: Mapping[str, Any]) -> Iterator
                 float(value),
                 stderr if isinstance(stderr, int | float) else None,
                 f"{count} questions" if count else "its tasks",
+                better.get(task, {}).get(metric) is not False,
             )

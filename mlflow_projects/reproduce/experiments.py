@@ -158,8 +158,8 @@ def _rank_found(rows: Sequence[Row]) -> list[str]:
                 f"the least rank that stays within {KEPT - 1:.0%} of the dense perplexity is "
                 f"{least}."
                 if least
-                else f"no rank below break-even stays within {KEPT - 1:.0%} of the dense "
-                "perplexity."
+                else f"none of the ranks up to {RANKS[-1]} stays within {KEPT - 1:.0%} of the "
+                "dense perplexity."
             )
         )
     return found

@@ -92,6 +92,7 @@ def _experiment(
 
     file = options.output / f"{options.experiment}.json"
     settings = {name: getattr(options, name) for name in SETTINGS}
+    settings["data"] = str(options.data.resolve())
     kept = _read(file, settings)
     rows = []
     for number, case in enumerate(cases, start=1):
@@ -129,7 +130,8 @@ class _Harness:
         from cur_modifier.data import token_windows
 
         depth = AutoConfig.from_pretrained(source).num_hidden_layers
-        if options.layers > depth - 2:
+        wanted = [case.settings["layers"].get("count", 0) for case in cases if case.settings]
+        if max(wanted) > depth - 2:
             raise ValueError(
                 f"layers {options.layers} are more than the {depth - 2} that there are between the "
                 "first and the last. Lower it."
@@ -328,14 +330,15 @@ def _cell(value: Any) -> str:
 def _put_section(file: Path, name: str, section: str) -> None:
     """Replace the section ``name``, or add it; sections stand in the order of ``NAMES``.
 
-    What stands above the first section stays.
+    What stands above the first section stays, and sections of other names come last.
     """
     held = {}
     head, *parts = file.read_text().split("\n## ") if file.exists() else ["# Results"]
     for part in parts:
         held[part.partition("\n")[0].strip()] = f"## {part.strip()}\n"
     held[name] = section
-    body = "\n".join(held[key].rstrip() + "\n" for key in NAMES if key in held)
+    order = [*(key for key in NAMES if key in held), *(key for key in held if key not in NAMES)]
+    body = "\n".join(held[key].rstrip() + "\n" for key in order)
     put_text(file, f"{head.rstrip()}\n\n{body}")
 
 

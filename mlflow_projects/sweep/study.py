@@ -21,6 +21,7 @@ from space import Point
 
 PROJECT = Path(__file__).resolve().parent
 STUDY = "sweep"
+CHECKPOINT = "checkpoint"  # in the folder of a trial
 # What a continued sweep must share with the one that began: its figures would not compare.
 SETTINGS = (
     "model",
@@ -137,6 +138,7 @@ class Sweep:
             self._study.tell(trial.number, state=self._states.FAIL)
             if "run_id" in trial.user_attrs:
                 client.set_terminated(trial.user_attrs["run_id"], "KILLED")
+                self._drop(trial.number, Point(**trial.user_attrs["point"]))
         known = {done.point for done in self.done()} | self._waiting()
         wanted = [
             Point(**trial.user_attrs["point"])
@@ -195,7 +197,7 @@ class Sweep:
             self._study.tell(trial, [twin.bytes, twin.perplexity])
             return
         options = self._options
-        folder = options.output / f"{trial.number:03d}-{point}"
+        folder = self._folder(trial.number, point)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         client = mlflow.MlflowClient()
@@ -229,6 +231,7 @@ class Sweep:
             client.set_tag(run.info.run_id, "error", error[:5000])
             client.set_terminated(run.info.run_id, "FAILED")
             trial.set_user_attr("error", error)
+            self._drop(trial.number, point)
             self._study.tell(trial, state=self._states.FAIL)
             print(f"   failed: {error} (all of it in {folder / 'log.txt'})", flush=True)
             return
@@ -283,10 +286,17 @@ class Sweep:
             return
         kept = {d.number for d in self._front()} if self._options.keep == "front" else set()
         for done in self.done():
-            folder = self._options.output / f"{done.number:03d}-{done.point}" / "checkpoint"
-            if done.number not in kept and folder.exists():
+            folder = self._folder(done.number, done.point)
+            if done.number not in kept and (folder / CHECKPOINT).exists():
                 mlflow.MlflowClient().delete_logged_model(done.model_id)
-                shutil.rmtree(folder)
+                self._drop(done.number, done.point)
+
+    def _folder(self, number: int, point: Point) -> Path:
+        return self._options.output / f"{number:03d}-{point}"
+
+    def _drop(self, number: int, point: Point) -> None:
+        """Delete the checkpoint of a trial, where it has one."""
+        shutil.rmtree(self._folder(number, point) / CHECKPOINT, ignore_errors=True)
 
 
 def _child(request: Path, run_id: str, log: Path) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=whole, default=0)
     options = parser.parse_args(arguments)
 
+    if not options.selections:
+        parser.error(f"selections: nothing is given; name some, e.g. {OPTIMAL}.")
     for axis, known in (("forms", FORMS), ("quantizations", QUANTIZATIONS)):
         given = getattr(options, axis)
         if unknown := [value for value in given if value not in known]:
@@ -68,8 +71,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.points = list(
         points(options.forms, options.selections, options.ratios, options.quantizations)
     )
-    if not options.points:
-        parser.error(f"form cur has no selection {OPTIMAL}. Name one, e.g. selections=deim,greedy.")
+    if set(options.forms) - {point.form for point in options.points}:
+        parser.error(
+            f"form cur has no selection {OPTIMAL}. Name one that it has as well, e.g. "
+            f"selections={','.join([*options.selections, 'deim'])}."
+        )
     check_output(parser, options.output, PROJECT)
     options.output = options.output.resolve()
     return options
@@ -162,4 +168,5 @@ def _check_groups(model: str, group_size: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends what it started
     main()

@@ -24,7 +24,7 @@ if not __package__:  # run as a folder: let its modules find each other by the p
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for files.py, figures.py
 
-from files import put_figure, put_row, read_rows
+from files import Row, put_figure, put_row, read_rows, refuse_others
 
 from quality.measure import Job, measure_apart
 from quality.methods import METHODS
@@ -78,8 +78,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.model and not (Path(options.model) / "config.json").is_file():
         parser.error(f"--model {options.model} is not a model's directory: no config.json in it.")
     options.output = options.output or (HELD_OUT_OUTPUT if options.held_out else OUTPUT)
+    options.settings = {
+        "model": str(Path(options.model).resolve()) if options.model else None,
+        "held_out": options.held_out or None,
+    }
     try:
-        read_rows(options.output, key)
+        refuse_others(options.output, read_rows(options.output, key), options.settings)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -98,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.output.parent, prefix=".statistics-") as folder:
         try:
-            failed = measure_all([replace(job, kept=Path(folder)) for job in todo], options.output)
+            apart = [replace(job, kept=Path(folder)) for job in todo]
+            failed = measure_all(apart, options.output, options.settings)
         except KeyboardInterrupt:
             print("Interrupted. The rows so far are kept: the same command continues.")
             return 130
@@ -112,9 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def measure_all(todo: Sequence[Job], output: Path) -> list[Job]:
-    """Measure one row after another into ``output``; those that failed."""
+def measure_all(todo: Sequence[Job], output: Path, settings: Row) -> list[Job]:
+    """Measure one row after another into ``output``, with the settings that are not the default;
+    those that failed."""
     failed = []
+    given = {name: value for name, value in settings.items() if value is not None}
     for number, job in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {job}", flush=True)
         try:
@@ -123,7 +130,7 @@ def measure_all(todo: Sequence[Job], output: Path) -> list[Job]:
             failed.append(job)
             print(f"    failed: {error}", flush=True)
             continue
-        put_row(output, row, key)
+        put_row(output, row | given, key)
         figures = ", ".join(f"{k} {v:.2f}" for k, v in row.items() if k.startswith("ppl_"))
         print(
             f"    {figures}, stored {row['stored_ratio']:.4f}, {row['seconds']:.0f} s, "

@@ -164,7 +164,7 @@ def weight_bytes(directory: Path) -> int:
 
 
 def stored_ratio(directory: Path, dense: Path) -> float:
-    """Bytes of all that is not the embedding or the head, ÷ those of the dense checkpoint."""
+    """Bytes of the projections, ÷ those of the dense checkpoint."""
     return projection_bytes(directory) / projection_bytes(dense)
 
 
