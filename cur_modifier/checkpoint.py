@@ -10,11 +10,12 @@ quantizer takes that entry away.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -125,11 +126,15 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
     inside, and renamed one by one, ``config.json`` last. All other files (a tokenizer's) are kept.
 
     Args:
-        files: text files to put beside the weights, by name; read when the model is saved.
+        files: text files to put beside the weights, by name; read when the model is saved. Where a
+            second stage brings others of the same name, those are numbered.
     """
     inner: Any = model.save_pretrained
-    if getattr(inner, "_cur_wrapped", False):
+    brought = getattr(inner, "_cur_files", None)
+    if brought is not None:
+        brought.append(files or {})
         return
+    brought = [files or {}]
     by_compressor = getattr(inner, "_overridden", False)  # llm-compressor packs what it saves
 
     @wraps(inner)
@@ -153,7 +158,7 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
             inner(str(partial), **kwargs)
             if source:
                 annotate(partial, layout, _plain_class(model))
-                for name, text in (files or {}).items():
+                for name, text in _numbered(brought).items():
                     (partial / name).write_text(text)
         except BaseException:
             if source:
@@ -168,8 +173,20 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
                     f"is not there is in {partial}: move it from there before you save again."
                 ) from error
 
-    save_pretrained._cur_wrapped = True  # type: ignore[attr-defined]
+    save_pretrained._cur_files = brought  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[assignment]
+
+
+def _numbered(brought: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """All files; ``report-2.html`` is the second that is another ``report.html``."""
+    found: dict[str, str] = {}
+    for files in brought:
+        for name, text in files.items():
+            path = Path(name)
+            others = (f"{path.stem}-{number}{path.suffix}" for number in itertools.count(2))
+            free = (n for n in itertools.chain([name], others) if found.get(n, text) == text)
+            found[next(free)] = text
+    return found
 
 
 def _partial(target: Path) -> Path:

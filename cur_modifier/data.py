@@ -24,21 +24,27 @@ _LINES = {".jsonl", ".ndjson"}
 
 def read_documents(source: str | Path, *, column: str = "text", split: str = "train") -> list[str]:
     """The documents of a text file, a JSON-lines file (either may be gzipped), a folder of such, or
-    a data set on the Hugging Face hub.
+    a data set on the Hugging Face hub, of which the ``split`` is read.
 
     A text file is one document, its lines as they are. A JSON line is one, in field ``column``.
 
     Raises:
         FileNotFoundError: neither a file, a folder, nor the form of a hub name.
-        ValueError: no text in it; a line that is not JSON or lacks the column, with its number.
+        ValueError: no text in it; a line that is not JSON or lacks the column, or a row that is no
+            text, with its number.
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if _kind(p) is not None)
+        files = sorted(p for p in path.rglob("*") if _kind(p) is not None and p.is_file())
         documents = [doc for file in files for doc in _read_file(file, column)]
     elif path.is_file():
         documents = _read_file(path, column)
-    elif path.is_absolute() or path.suffix or str(source).count("/") > 1:
+    elif (
+        path.is_absolute()
+        or _kind(path) is not None
+        or str(source).startswith(".")
+        or str(source).count("/") > 1
+    ):
         raise FileNotFoundError(
             f"no file or folder {str(source)!r}. Give a .txt or .jsonl file, a folder of them, or "
             "the name of a data set on the hub."
@@ -47,6 +53,11 @@ def read_documents(source: str | Path, *, column: str = "text", split: str = "tr
         from datasets import load_dataset
 
         documents = load_dataset(str(source), split=split)[column]
+        for number, document in enumerate(documents):
+            if not isinstance(document, str):
+                raise ValueError(
+                    f"{str(source)!r}, row {number}: {column!r} holds {document!r}, no text."
+                )
     documents = [doc for doc in documents if doc.strip()]
     if not documents:
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -108,19 +109,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
 
-    documents = read_documents(options.text)
+    for name, least in (("windows", 1), ("sequence_length", 2)):
+        if getattr(options, name) < least:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} {getattr(options, name)}: at least {least} is needed.")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    windows = token_windows(
-        documents,
-        tokenizer,
-        windows=options.windows,
-        sequence_length=options.sequence_length,
-        stride=options.stride,
+    try:
+        documents = read_documents(options.text)
+        windows = token_windows(
+            documents,
+            AutoTokenizer.from_pretrained(options.model),
+            windows=options.windows,
+            sequence_length=options.sequence_length,
+            stride=options.stride,
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"evaluate: {error}")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=getattr(torch, options.dtype)
     )
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    if torch.cuda.is_available():
+        model.to("cuda")
     print(json.dumps(asdict(perplexity(model, windows, stride=options.stride)), indent=2))
 
 

@@ -104,6 +104,8 @@ def test_a_recipe_of_which_a_part_would_do_nothing_is_refused(
         ({"model": "/nowhere/model"}, "no checkpoint at /nowhere/model"),
         ({"output": "{text}"}, "is a file"),
         ({"results": "{text}"}, "not a list of measured rows"),
+        ({"output": "{text}/out"}, "lies below .*wiki.valid.raw, which is a file"),
+        ({"results": "{text}/out/rows.json"}, "lies below .*wiki.valid.raw, which is a file"),
     ],
 )
 def test_bad_input_is_named_before_the_slow_part(
@@ -121,6 +123,14 @@ def test_bad_input_is_named_before_the_slow_part(
     found = refusal(run, given, capsys, [str(REPOSITORY / "recipes" / "id.yaml")])
     assert re.search(message, found), found
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_one_recipe_on_other_texts_stand_side_by_side() -> None:
+    key = load_script(REPOSITORY / "recipes" / "run.py").row_key
+    row = {"recipe": "id", "model": "smollm2", "calibration": "32 x 512 of a", "dtype": "float16"}
+    assert key(row) == key(row | {"seconds": 3.0})
+    for name in (*row, "evaluation"):
+        assert key(row) != key(row | {name: "another"})
 
 
 def test_compress_fixture_runs_recipe_text(tiny: Any, compress: Compress) -> None:

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset
+from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier
-from support import SPARSE_2_4, W4A16, Compress
+from llmcompressor.recipe import Recipe
+from support import NO_PROCESSOR, SPARSE_2_4, W4A16, Compress
 from transformers import AutoConfig
 
+from cur_modifier import checkpoint
 from cur_modifier.checkpoint import TRIPWIRE
 from cur_modifier.modifiers import upstream
 
@@ -51,9 +56,29 @@ def test_sparsity_block() -> None:
 
 def test_save_pretrained_is_wrapped_before_the_stage(tiny: Any, compress: Compress) -> None:
     compress(tiny, CUR)
-    assert tiny.save_pretrained._cur_wrapped
+    assert tiny.save_pretrained._cur_files
     # llm-compressor's own wrapper lies below ours and must not be applied again above it
     assert tiny.save_pretrained._overridden
+
+
+def test_a_recipe_of_two_stages_is_kept_whole(tiny: Any, tiny_data: Dataset) -> None:
+    """Both have a group of one name; what is kept makes the same model again."""
+    cur = {"mlflow": False, "rank": {"fixed": 16}, "layers": {"select": "last", "count": 1}}
+    stages = {
+        f"{name}_stage": {"cur_modifiers": {"CURModifier": {**cur, "targets": [f"re:.*{name}$"]}}}
+        for name in ("q_proj", "down_proj")
+    }
+    recipe = yaml.safe_dump(stages, sort_keys=False)
+    oneshot(model=tiny, dataset=tiny_data, processor=NO_PROCESSOR, recipe=recipe)
+    files = checkpoint._numbered(tiny.save_pretrained._cur_files)
+    kept = yaml.safe_load(files["recipe_as_given.yaml"])
+    [groups] = kept.values()
+    assert [group["CURModifier"]["targets"] for group in groups.values()] == [
+        ["re:.*q_proj$"],
+        ["re:.*down_proj$"],
+    ]
+    assert {"report.html", "report-2.html"} < {*files} and "recipe_as_given-2.yaml" not in files
+    assert len(Recipe.create_instance(yaml.safe_dump(kept)).modifiers) == 2
 
 
 def test_transformers_honours_the_tripwire(tiny_checkpoint: Any, tmp_path: Any) -> None:

@@ -14,15 +14,14 @@ import argparse
 import json
 import sys
 import time
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tools"), str(HERE.parent / "mlflow_projects")]
 
-from arguments import count  # noqa: E402
-from files import put_row, read_rows  # noqa: E402
+from arguments import check_output, count  # noqa: E402
+from files import Row, put_row, read_rows  # noqa: E402
 
 EVALUATION_LENGTH = 1024  # tokens a window
 
@@ -48,8 +47,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.recipe.is_file():
         parser.error(f"no recipe {options.recipe}; see recipes/README.md for the list")
-    if options.output.exists() and not options.output.is_dir():
-        parser.error(f"output {options.output} is a file. Name a folder.")
+    check_output(parser, options.output, HERE)
+    if options.results:
+        check_output(parser, options.results.parent, HERE)
     return options
 
 
@@ -62,7 +62,7 @@ def check(options: argparse.Namespace) -> str:
     """
     check_recipe(options.recipe)
     if options.results:
-        read_rows(options.results, itemgetter("recipe"))
+        read_rows(options.results, row_key)
     model_name = model_source(options.model)
 
     from transformers import AutoTokenizer
@@ -217,8 +217,14 @@ def measure(checkpoint: Path, text: str, *, windows: int, sequence_length: int) 
 
 
 def weight_bytes(directory: str | Path) -> int:
-    """Bytes of the safetensors files in a checkpoint."""
-    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    """Bytes of a checkpoint's own safetensors files; others may lie beside them."""
+    return sum(file.stat().st_size for file in Path(directory).glob("model*.safetensors"))
+
+
+def row_key(row: Row) -> tuple[Any, ...]:
+    """What a row of results measures; rows of earlier releases do not say on what."""
+    wanted = ("recipe", "model", "calibration", "dtype")
+    return *(row[name] for name in wanted), row.get("evaluation")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -253,10 +259,13 @@ def main(arguments: list[str] | None = None) -> None:
             windows=options.windows,
             sequence_length=EVALUATION_LENGTH,
         )
+        result["evaluation"] = (
+            f"{options.windows} x {EVALUATION_LENGTH} of {Path(options.evaluate).name}"
+        )
         result["perplexity"] = round(found, 2)
     print(json.dumps(result, indent=2))
     if options.results:
-        put_row(options.results, result, itemgetter("recipe"))
+        put_row(options.results, result, row_key)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def test_folder_in_the_order_of_names(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a.md").write_text("first")
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    (tmp_path / "c.txt").mkdir()
     assert read_documents(tmp_path) == ["first", "second"]
 
 
@@ -44,6 +45,15 @@ def test_folder_in_the_order_of_names(tmp_path: Path) -> None:
 def test_missing_file(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file or folder.*\.jsonl"):
         read_documents(name)
+
+
+def test_a_hub_name_may_hold_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: dict[str, list[Any]] = {"text": ["one", "two"]}
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: rows)
+    assert read_documents("teknium/OpenHermes-2.5") == ["one", "two"]
+    rows["text"][1] = None
+    with pytest.raises(ValueError, match="row 1: 'text' holds None, no text"):
+        read_documents("teknium/OpenHermes-2.5")
 
 
 def test_empty_and_broken_files(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cur_modifier.evaluate import perplexity, perplexity_of
+from cur_modifier.evaluate import main, perplexity, perplexity_of
 
 
 class Known(nn.Module):
@@ -41,6 +41,22 @@ def test_known_distribution() -> None:
 def test_a_broken_model_is_named() -> None:
     with pytest.raises(ValueError, match="log-likelihood is not finite"):
         perplexity(Known(torch.full((5,), math.nan)), torch.zeros(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--windows=0"], "--windows 0: at least 1 is needed"),
+        (["--sequence-length=1"], "--sequence-length 1: at least 2 is needed"),
+        (["--text=/nowhere/text.txt"], "evaluate: no file or folder '/nowhere/text.txt'"),
+    ],
+)
+def test_bad_arguments_end_without_a_traceback(
+    change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["model", "--text=x", *change])
+    assert message in f"{capsys.readouterr().err}{stopped.value.code}"
 
 
 @given(count=st.integers(1, 5), length=st.integers(2, 9), data=st.data())

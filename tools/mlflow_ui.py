@@ -147,6 +147,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=4, help="to compare, the newest first")
     parser.add_argument("--output", type=Path, default=Path("screenshots"))
     options = parser.parse_args()
+    # The server runs in another folder.
+    scheme, slashes, path = options.store.partition("sqlite:///")
+    if slashes and not scheme:
+        options.store = f"sqlite:///{Path(path).resolve()}"
     import mlflow
 
     mlflow.set_tracking_uri(options.store)

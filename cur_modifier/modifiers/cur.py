@@ -91,7 +91,7 @@ class CURModifier(Modifier):
           anchor: 0.25
           rank: {ratio: 0.8, budget: sensitivity}
           refine: {epochs: 4}
-          multiple_of: 64
+          multiple_of: 128
           layers: {select: all}
       quantization_modifiers:
         GPTQModifier: {scheme: W4A16, targets: [Linear], ignore: [lm_head]}

@@ -44,7 +44,8 @@ class Journal:
 
     Args:
         model: the dense model, before anything is swapped in.
-        enabled: whether to log to MLflow.
+        enabled: whether to log to MLflow, and to draw; a store that is out of reach leaves the
+            figures to the report.
 
     Attributes:
         files: what belongs beside the checkpoint, by name; the report joins it in the end.
@@ -58,6 +59,7 @@ class Journal:
         self._refined: list[Refinement] = []
         self._losses = upstream.FollowerLosses()
         name = f"cur-{type(model).__name__}"
+        self._draws = enabled
         self._tracker = Page(start_tracking(enabled=enabled, run_name=name), title=name)
         recipe = upstream.recipe_as_given()
         text = yaml.safe_dump(recipe, sort_keys=False)
@@ -102,13 +104,12 @@ class Journal:
                 f"rank {record.rank}{f' on the skeleton of {holder}' if holder else ''}, relative "
                 f"error {record.relative_error:.4f}, {record.seconds:.2f} s"
             )
-            if self._tracker.run_id is not None:
-                done = sum(r.seconds is not None for r in self.records.values())
-                self._tracker.log_metrics(
-                    {"relative_error": record.relative_error, "module_seconds": record.seconds},
-                    step=done,
-                )
-        if self._tracker.run_id is None:
+            done = sum(r.seconds is not None for r in self.records.values())
+            self._tracker.log_metrics(
+                {"relative_error": record.relative_error, "module_seconds": record.seconds},
+                step=done,
+            )
+        if not self._draws:
             return
         if min(W.shape) <= SPECTRUM_SIDE or W.device.type != "cpu":
             rank = records[0].rank
@@ -182,7 +183,7 @@ class Journal:
         return metrics
 
     def _figure(self, draw: Callable[[], Any], artifact: str) -> None:
-        if self._tracker.run_id is None:
+        if not self._draws:
             return
         with _optional(artifact):
             self._tracker.log_figure(draw(), artifact)

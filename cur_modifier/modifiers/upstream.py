@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -170,9 +171,13 @@ def recipe_as_given() -> dict[str, Any]:
     recipe = active_session().lifecycle.recipe
     groups: dict[str, dict[str, Any]] = {}
     for modifier in recipe.modifiers:
-        group = f"{modifier.group or recipe.stage}_modifiers"
+        name = type(modifier).__name__
+        held = modifier.group or recipe.stage
+        # Groups of one name, of several stages, become groups of one stage.
+        free = itertools.chain([held], (f"{held}_{number}" for number in itertools.count(2)))
+        group = next(g for each in free if name not in groups.get(g := f"{each}_modifiers", {}))
         fields = modifier.model_dump(mode="json", exclude_unset=True)
-        groups.setdefault(group, {})[type(modifier).__name__] = {
+        groups.setdefault(group, {})[name] = {
             key: value
             for key, value in fields.items()
             if not key.endswith("_") and key not in _NOT_GIVEN
