@@ -10,7 +10,6 @@ quantizer takes that entry away.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -182,10 +181,10 @@ def _numbered(brought: Sequence[Mapping[str, str]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for files in brought:
         for name, text in files.items():
-            path = Path(name)
-            others = (f"{path.stem}-{number}{path.suffix}" for number in itertools.count(2))
-            free = (n for n in itertools.chain([name], others) if found.get(n, text) == text)
-            found[next(free)] = text
+            path, number = Path(name), 1
+            while found.setdefault(name, text) != text:
+                number += 1
+                name = f"{path.stem}-{number}{path.suffix}"
     return found
 
 

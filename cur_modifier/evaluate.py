@@ -109,10 +109,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
 
-    for name, least in (("windows", 1), ("sequence_length", 2)):
-        if getattr(options, name) < least:
-            option = name.replace("_", "-")
-            parser.error(f"--{option} {getattr(options, name)}: at least {least} is needed.")
+    if options.windows < 1:
+        parser.error(f"--windows {options.windows}: at least 1 is needed.")
+    if options.sequence_length < 2:
+        parser.error(f"--sequence-length {options.sequence_length}: at least 2 is needed.")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

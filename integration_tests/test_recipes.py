@@ -125,6 +125,13 @@ def test_bad_input_is_named_before_the_slow_part(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_may_lie_beside_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY / "recipes")
+    run = load_script(REPOSITORY / "recipes" / "run.py")
+    given = ["id.yaml", "--model", "m", "--calibrate", "t", "--output", "out", "--results", "r"]
+    assert run.parse(given).output == Path("out")
+
+
 def test_rows_of_one_recipe_on_other_texts_stand_side_by_side() -> None:
     key = load_script(REPOSITORY / "recipes" / "run.py").row_key
     row = {"recipe": "id", "model": "smollm2", "calibration": "32 x 512 of a", "dtype": "float16"}

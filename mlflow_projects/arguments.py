@@ -51,12 +51,17 @@ def check_output(parser: argparse.ArgumentParser, output: Path, project: Path) -
             f"output {output} would lie in the project's own folder, where `mlflow run` starts. "
             "Give a whole path: -P output=$PWD/out."
         )
-    held = next(path for path in (output, *output.absolute().parents) if path.exists())
+    check_folder(parser, "output", output)
+
+
+def check_folder(parser: argparse.ArgumentParser, option: str, folder: Path) -> None:
+    """End with an error where ``folder`` can't be made or written to."""
+    held = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not held.is_dir():
-        within = "" if held == output else f" lies below {held}, which"
-        parser.error(f"output {output}{within} is a file. Name a folder.")
+        within = "" if held == folder else f" lies below {held}, which"
+        parser.error(f"{option} {folder}{within} is a file. Name a folder.")
     if not os.access(held, os.W_OK | os.X_OK):
-        parser.error(f"output {output}: no permission to write in {held}. Name another folder.")
+        parser.error(f"{option} {folder}: no permission to write in {held}. Name another folder.")
 
 
 def _whole(text: str, least: int) -> int:

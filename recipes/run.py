@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tools"), str(HERE.parent / "mlflow_projects")]
 
-from arguments import check_output, count  # noqa: E402
+from arguments import check_folder, count  # noqa: E402
 from files import Row, put_row, read_rows  # noqa: E402
 
 EVALUATION_LENGTH = 1024  # tokens a window
@@ -47,9 +47,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.recipe.is_file():
         parser.error(f"no recipe {options.recipe}; see recipes/README.md for the list")
-    check_output(parser, options.output, HERE)
+    check_folder(parser, "output", options.output)
     if options.results:
-        check_output(parser, options.results.parent, HERE)
+        check_folder(parser, "results", options.results.parent)
     return options
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -173,9 +172,10 @@ def recipe_as_given() -> dict[str, Any]:
     for modifier in recipe.modifiers:
         name = type(modifier).__name__
         held = modifier.group or recipe.stage
-        # Groups of one name, of several stages, become groups of one stage.
-        free = itertools.chain([held], (f"{held}_{number}" for number in itertools.count(2)))
-        group = next(g for each in free if name not in groups.get(g := f"{each}_modifiers", {}))
+        group, number = f"{held}_modifiers", 1
+        while name in groups.get(group, {}):  # of another stage, with a group of the same name
+            number += 1
+            group = f"{held}_{number}_modifiers"
         fields = modifier.model_dump(mode="json", exclude_unset=True)
         groups.setdefault(group, {})[name] = {
             key: value

@@ -118,9 +118,10 @@ def evaluate(options: argparse.Namespace) -> None:
     from registry import registered
 
     sources = {name: _source(name) for name in _models(options)}
-    texts = _texts(options, sources[options.model])
+    documents = _documents(options)
+    texts = _windows(documents, sources[options.model], options)
     if options.baseline:
-        _check_tokens(options, texts, _texts(options, sources[options.baseline]))
+        _check_tokens(options, texts, _windows(documents, sources[options.baseline], options))
     tasks = _tasks(options)
     _check_backend(options)
 
@@ -175,15 +176,11 @@ def _source(name: str) -> str:
         raise BadInputError(f"{error}{elsewhere(name, PROJECT)}") from None
 
 
-def _texts(options: argparse.Namespace, source: str) -> dict[str, Any]:
-    """Windows of token ids by the name of their text."""
-    from transformers import AutoTokenizer
+def _documents(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The documents of each text by its name."""
+    from cur_modifier.data import read_documents
 
-    from cur_modifier.data import read_documents, token_windows
-
-    if not options.data:
-        return {}
-    documents = {}
+    documents: dict[str, list[str]] = {}
     for text in options.data:
         name = text_name(text)
         if name in documents:
@@ -192,6 +189,19 @@ def _texts(options: argparse.Namespace, source: str) -> dict[str, Any]:
             documents[name] = read_documents(text)
         except (OSError, ValueError) as error:
             raise BadInputError(f"{error}{elsewhere(text, PROJECT)}") from None
+    return documents
+
+
+def _windows(
+    documents: Mapping[str, list[str]], source: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Windows of token ids by the name of their text."""
+    from transformers import AutoTokenizer
+
+    from cur_modifier.data import token_windows
+
+    if not documents:
+        return {}
     tokenizer = AutoTokenizer.from_pretrained(source)
     windows = {}
     for name, found in documents.items():
