@@ -46,6 +46,7 @@ def test_rows_are_measured_kept_drawn_and_logged(
         assert {name: row[name] for name in FIELDS} == FIELDS
         assert row["environment"]["OMP_WAIT_POLICY"] == "PASSIVE"
         assert row["tokens_per_second"] > 0 and row["speedup_over_dense"] > 0
+        assert row["speedup_over_quantized"] is None
         assert 0 < row["linear_share"] < 1
         assert 0 < row["weight_bytes"] < row["dense_bytes"]
         assert 0.4 < row["projection_bytes_ratio"] < 0.51  # orders are bytes, too
@@ -76,8 +77,37 @@ def test_a_quantized_variant_is_made_and_one_that_fails_stops_no_other(
     [row] = json.loads(output.read_text())
     assert row["quantization"] == "W4A16" and row["phase"] == "load"
     assert row["weight_bytes"] < 0.5 * row["dense_bytes"]
+    assert row["speedup_over_quantized"] is None  # dense in these bits is what it is
     said = capsys.readouterr().out
     assert "Failed: tiny id-0.001" in said and "tiny, dense-W4A16" in said
+
+
+@pytest.mark.serve
+@pytest.mark.slow
+def test_factored_and_quantized_is_measured_beside_dense_in_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = TINY | {"hidden_size": 256, "intermediate_size": 512}  # ranks are multiples of 64
+    monkeypatch.setitem(MODELS, "tiny", wide)
+    output = tmp_path / "serving.json"
+    given = ["--models=tiny", "--variants=id-0.7-W4A16", "--repetitions=1", "--no-mlflow"]
+    assert bench.main([*given, "--phases=decode-1", f"--output={output}"]) == 0
+    [row] = json.loads(output.read_text())
+    assert row["speedup_over_dense"] > 0 and row["speedup_over_quantized"] > 0
+    said = capsys.readouterr().out
+    assert "times dense W4A16" in said and "id-0.7-W4A16 ÷ dense-W4A16" in said
+
+
+@pytest.mark.parametrize(
+    ("variant", "beside"),
+    [
+        ("id-0.5", ["dense"]),
+        ("dense-W4A16", ["dense"]),
+        ("id-0.7-W4A16", ["dense", "dense-W4A16"]),
+    ],
+)
+def test_what_a_variant_is_measured_beside(variant: str, beside: list[str]) -> None:
+    assert [str(other) for other in bench.compared(VARIANTS[variant])] == beside
 
 
 def test_a_model_that_does_not_load_is_reported(

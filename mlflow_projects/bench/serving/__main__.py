@@ -2,17 +2,19 @@
 
     python mlflow_projects/bench/serving --models llama-1b --variants id-0.8,id-0.5
 
-Random weights of real shapes. Every variant is measured beside the dense model: one repetition of
-each in turn, in engines that are both loaded, so that whatever else slows the machine slows both;
-the speed-up is the median of the repetitions' ratios. Run it on an idle machine.
+Random weights of real shapes. Every variant is measured beside the dense model, and a factored and
+quantized one beside the dense model in the same bits as well: one repetition of each in turn, in
+engines that are all loaded, so that whatever else slows the machine slows them all; a speed-up is
+the median of the repetitions' ratios. Run it on an idle machine.
 
 Load: reading and preparing the weights, in a process of its own, from files that the system holds
 in memory. Decode: 16 tokens behind prompts of 16, at batch 8 and 32, and 64 tokens at batch 1.
 Prefill: prompts of 512, at batch 1 and 8. The linear layers' share of the time is from as many
 profiles; with them comes their own speed-up, to be compared with the bytes that they no longer
-read. A row that exists is kept, so an interrupted run continues.
+read. A row is written when its phase is done and kept from then on, so an interrupted run
+continues.
 
-Both engines run in bfloat16, or in float32 where the processor has no units for bfloat16 and would
+All engines run in bfloat16, or in float32 where the processor has no units for bfloat16 and would
 emulate it. Variables of OpenMP in the shell change the figures; each row says which were set.
 """
 
@@ -25,9 +27,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -140,43 +142,63 @@ def measure_model(
 ) -> list[str]:
     """Measure phases of variants of a model beside the dense one; which of them failed."""
     failed = []
-    dense = folder / "dense"
-    print(f"{model}: making the dense checkpoint", flush=True)
-    make_checkpoint(model, DENSE, dense)
+    dense = checkpoint(model, DENSE, folder)
     for number, (variant, phases) in enumerate(todo.items(), start=1):
         print(f"[{number}/{len(todo)}] {model}, {variant}", flush=True)
-        directory = folder / str(variant)
         try:
-            make_checkpoint(model, variant, directory)
-            rows = []
-            if LOAD in phases:
-                rows.append(compare_loading(directory, dense, options.dtype, options.repetitions))
-            if speeds := [phase for phase in phases if phase != LOAD]:
-                with (
-                    engine(directory, options.dtype) as (own, said),
-                    engine(dense, options.dtype) as (beside, _),
-                ):
-                    found = compare(own, beside, speeds, options.repetitions)
-                rows += [row | said for row in found]
+            directory = checkpoint(model, variant, folder)
+            others = [checkpoint(model, other, folder) for other in compared(variant)]
+            with closing(measure([directory, *others], phases, options)) as rows:
+                for row in rows:
+                    row |= {
+                        "model": model,
+                        "dtype": options.dtype,
+                        **asdict(variant),
+                        "weight_bytes": weight_bytes(directory),
+                        "dense_bytes": weight_bytes(dense),
+                        "projection_bytes_ratio": stored_ratio(directory, dense),
+                        "repetitions": options.repetitions,
+                        "environment": openmp_settings(),
+                    }
+                    put_row(options.output, row, key)
+                    print(f"    {described(row)}", flush=True)
         except (EOFError, OSError, RuntimeError, ValueError) as error:
             failed.append(f"{model} {variant}")
             print(f"    failed: {error!r}\n{_ends(folder)}", flush=True)
-            continue
-        for row in rows:
-            row |= {
-                "model": model,
-                "dtype": options.dtype,
-                **asdict(variant),
-                "weight_bytes": weight_bytes(directory),
-                "dense_bytes": weight_bytes(dense),
-                "projection_bytes_ratio": stored_ratio(directory, dense),
-                "repetitions": options.repetitions,
-                "environment": openmp_settings(),
-            }
-            put_row(options.output, row, key)
-            print(f"    {described(row)}", flush=True)
-        shutil.rmtree(directory)
+        if variant.form != DENSE.form:  # the others may be compared with again
+            shutil.rmtree(folder / str(variant), ignore_errors=True)
     return failed
+
+
+def compared(variant: Variant) -> list[Variant]:
+    """What a variant is measured beside: dense, and dense in the same bits where that differs."""
+    quantized = replace(DENSE, quantization=variant.quantization)
+    return [DENSE] if quantized in (DENSE, variant) else [DENSE, quantized]
+
+
+def checkpoint(model: str, variant: Variant, folder: Path) -> Path:
+    """The folder of a checkpoint below ``folder``, made where it is not there yet."""
+    directory = folder / str(variant)
+    if not directory.exists():
+        print(f"    making {model}, {variant}", flush=True)
+        unfinished = folder / f"unfinished-{variant}"
+        make_checkpoint(model, variant, unfinished)
+        unfinished.rename(directory)
+    return directory
+
+
+def measure(
+    models: list[Path], phases: list[tuple[str, int]], options: argparse.Namespace
+) -> Generator[Row, None, None]:
+    """Rows of the first checkpoint beside the others, each when its phase is done."""
+    if LOAD in phases:
+        yield compare_loading(models, options.dtype, options.repetitions)
+    if speeds := [phase for phase in phases if phase != LOAD]:
+        with ExitStack() as stack:
+            started = [stack.enter_context(engine(model, options.dtype)) for model in models]
+            engines = [connection for connection, _ in started]
+            for phase in speeds:
+                yield compare(engines, *phase, options.repetitions) | started[0][1]
 
 
 def described(row: Row) -> str:
@@ -184,69 +206,73 @@ def described(row: Row) -> str:
     name = f"{row['phase']:>7} {row['batch']:>2}: "
     if row["phase"] == LOAD[0]:
         return f"{name}{row['seconds']:8.1f} s, dense {row['dense_seconds']:.1f} s"
-    return (
+    line = (
         f"{name}{row['tokens_per_second']:8.1f} tokens/s, {row['speedup_over_dense']:.2f} times "
         f"dense, linear layers {row['linear_speedup']:.2f}"
     )
+    if (ratio := row["speedup_over_quantized"]) is not None:
+        line += f"; {ratio:.2f} times dense {row['quantization']}"
+    return line
 
 
-def compare_loading(own: Path, dense: Path, dtype: str, repetitions: int) -> Row:
-    """Both checkpoints in turn, each in a process that ends when the weights are ready."""
-    pairs = []
+def compare_loading(models: list[Path], dtype: str, repetitions: int) -> Row:
+    """The checkpoints in turn, each in a process that ends when the weights are ready."""
+    seconds: list[list[float]] = [[] for _ in models]
     for _ in range(repetitions):
-        seconds = []
-        for model in (own, dense):
+        for model, taken in zip(models, seconds, strict=True):
             with engine(model, dtype, only_load=True) as (_, loaded):
-                seconds.append(loaded["load_seconds"])
-        pairs.append(seconds)
-    ratios = [theirs / mine for mine, theirs in pairs]
+                taken.append(loaded["load_seconds"])
+    own, dense, *_ = seconds
     return {
         "phase": LOAD[0],
         "batch": LOAD[1],
         "tokens_per_second": None,
-        "seconds": median(mine for mine, _ in pairs),
-        "dense_seconds": median(theirs for _, theirs in pairs),
-        "speedup_over_dense": median(ratios),
-        "speedup_range": [min(ratios), max(ratios)],
+        "seconds": median(own),
+        "dense_seconds": median(dense),
+        **speedups([[1 / taken for taken in model] for model in seconds]),
         "linear_share": None,
         "vllm": loaded["vllm"],
     }
 
 
-def compare(
-    own: Connection, dense: Connection, phases: list[tuple[str, int]], repetitions: int
-) -> list[Row]:
-    """Both engines in turn, phase by phase."""
-    rows = []
-    for phase, batch in phases:
-        pairs: list[tuple[dict[str, float], dict[str, float]]] = []
-        for which in (own, dense):  # warms up
-            ask(which, "generate", batch, 16, 2)
-        for _ in range(repetitions):
-            pair = [ask(which, "measure", phase, batch) for which in (own, dense)]
-            pairs.append((pair[0], pair[1]))
-        profiles = [
-            tuple(ask(which, "profile", phase, batch) for which in (own, dense))
-            for _ in range(repetitions)
-        ]
-        speeds = [mine["tokens_per_second"] for mine, _ in pairs]
-        ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
-        rows.append(
-            {
-                "phase": phase,
-                "batch": batch,
-                "tokens_per_second": median(speeds),
-                "speedup_over_dense": median(ratios),
-                "speedup_range": [min(ratios), max(ratios)],
-                "seconds_to_first_token": median(mine["first_token"] for mine, _ in pairs),
-                "linear_share": median(mine["linear"] / mine["whole"] for mine, _ in profiles),
-                "dense_linear_share": median(a["linear"] / a["whole"] for _, a in profiles),
-                "linear_speedup": median(a["linear"] / mine["linear"] for mine, a in profiles),
-                "peak_rss_bytes": profiles[-1][0]["peak_rss_bytes"],
-                "dense_peak_rss_bytes": profiles[-1][1]["peak_rss_bytes"],
-            }
-        )
-    return rows
+def compare(engines: list[Connection], phase: str, batch: int, repetitions: int) -> Row:
+    """The engines in turn, one phase; the first's row."""
+    for each in engines:  # warms up
+        ask(each, "generate", batch, 16, 2)
+    measured = [
+        [ask(each, "measure", phase, batch) for each in engines] for _ in range(repetitions)
+    ]
+    profiles = [
+        [ask(each, "profile", phase, batch) for each in engines[:2]] for _ in range(repetitions)
+    ]
+    speeds = [
+        [found["tokens_per_second"] for found in each] for each in zip(*measured, strict=True)
+    ]
+    own, dense = zip(*profiles, strict=True)
+    return {
+        "phase": phase,
+        "batch": batch,
+        "tokens_per_second": median(speeds[0]),
+        **speedups(speeds),
+        "seconds_to_first_token": median(found[0]["first_token"] for found in measured),
+        "linear_share": median(found["linear"] / found["whole"] for found in own),
+        "dense_linear_share": median(found["linear"] / found["whole"] for found in dense),
+        "linear_speedup": median(b["linear"] / a["linear"] for a, b in profiles),
+        "peak_rss_bytes": own[-1]["peak_rss_bytes"],
+        "dense_peak_rss_bytes": dense[-1]["peak_rss_bytes"],
+    }
+
+
+def speedups(speeds: list[list[float]]) -> Row:
+    """The first's over the second's, dense, and over the third's where there is one: medians of
+    the repetitions' ratios, and their ranges."""
+    own, *others = speeds
+    row: Row = {"speedup_over_quantized": None}
+    for name, other in zip(("dense", "quantized"), others, strict=False):
+        ratios = [a / b for a, b in zip(own, other, strict=True)]
+        row[f"speedup_over_{name}"] = median(ratios)
+        row[f"speedup_over_{name}_range"] = [min(ratios), max(ratios)]
+    return row
 
 
 def ask(engine: Connection, method: str, *arguments: Any) -> dict[str, float]:

@@ -41,27 +41,34 @@ def machine() -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Speed over dense by phase and of loading, a line for each variant; in brackets the linear
-    layers' own."""
+    layers' own. Below a factored and quantized one, its speed over dense in the same bits."""
     phases = list(dict.fromkeys((r["phase"], r["batch"]) for r in rows if r["phase"] != "load"))
     lines = [f"Speed ÷ dense, on {machine()}; (linear layers alone)"]
     for model in dict.fromkeys(map(model_of, rows)):
         own = [row for row in rows if model_of(row) == model]
-        header = f"{model:<18}{'bytes':>7}{'load':>6}"
+        header = f"{model:<26}{'bytes':>7}{'load':>6}"
         lines += ["", header + "".join(f"{f'{p} {b}':>15}" for p, b in phases)]
         for variant in dict.fromkeys(map(name_of, own)):
             found = {(r["phase"], r["batch"]): r for r in own if name_of(r) == variant}
             some = next(iter(found.values()))
-            loaded = found.get(("load", 1))
-            load = f"{loaded['speedup_over_dense']:.2f}" if loaded else ""
-            line = f"{variant:<18}{some['projection_bytes_ratio']:>7.3f}{load:>6}"
-            for phase in phases:
-                row = found.get(phase)
-                cell = (
-                    f"{row['speedup_over_dense']:.2f} ({row['linear_speedup']:.2f})" if row else ""
-                )
-                line += f"{cell:>15}"
-            lines.append(line)
+            line = f"{variant:<26}{some['projection_bytes_ratio']:>7.3f}"
+            line += f"{_cell(found.get(('load', 1)), 'dense'):>6}"
+            lines.append(line + "".join(f"{_cell(found.get(p), 'dense'):>15}" for p in phases))
+            if any(row.get("speedup_over_quantized") for row in found.values()):
+                beside = f"{variant} ÷ {Variant('dense', None, some['quantization'])}"
+                line = f"{beside:<33}{_cell(found.get(('load', 1)), 'quantized'):>6}"
+                cells = (_cell(found.get(p), "quantized") for p in phases)
+                lines.append(line + "".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
+
+
+def _cell(row: Row | None, beside: str) -> str:
+    """How many times as fast, and over dense the linear layers alone; empty where not measured."""
+    if row is None or row.get(f"speedup_over_{beside}") is None:
+        return ""
+    speed = f"{row[f'speedup_over_{beside}']:.2f}"
+    linear = row.get("linear_speedup") if beside == "dense" else None
+    return speed if linear is None else f"{speed} ({linear:.2f})"
 
 
 def plot(rows: Sequence[Row]) -> Any:
@@ -119,7 +126,12 @@ def log_run(rows: Sequence[Row], results: Path, figure: Path) -> None:
         mlflow.log_params({"machine": machine(), "vllm": rows[-1]["vllm"]})
         for row in rows:
             where = f"{model_of(row)}/{name_of(row)}/{row['phase']}-{row['batch']}"
-            for what in ("tokens_per_second", "speedup_over_dense", "linear_speedup"):
+            for what in (
+                "tokens_per_second",
+                "speedup_over_dense",
+                "speedup_over_quantized",
+                "linear_speedup",
+            ):
                 if row.get(what) is not None:
                     mlflow.log_metric(f"{where}/{what}", row[what])
         mlflow.log_artifact(str(results))
