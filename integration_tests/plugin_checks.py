@@ -885,23 +885,32 @@ def factors_that_save_more_than_a_product_costs_are_kept() -> None:
 
 @check
 def what_is_multiplied_out_is_rounded_once() -> None:
-    example = Example("cur", 96, 2, width=64, rank=24)
-    stored = {key: tensor.bfloat16() for key, tensor in example.tensors.items()}
-    c, u, r = (stored[f"cur_{name}.weight"].float() for name in "cur")
-    example.tensors |= {key: stored[key] for key in stored if key.endswith("weight")}
-    layers = built(
-        ReplicatedLinear,
-        "o_proj",
-        {"o_proj": example},
-        *(64, 96),
-        keep_factors=False,
-        params_dtype=torch.bfloat16,
-    )
-    with layers as layer:
-        load(layer, {"o_proj": example})
-    served, exact = layer(torch.eye(64).bfloat16()).float().T, c @ u @ r
-    error = (served - exact).norm() / exact.norm()
-    assert error < 0.002, error  # a number alone is rounded by up to 0.0039, by 0.0017 at large
+    for form in ("cur", "id"):
+        example = Example(form, 96, 2, width=64, rank=24)
+        factors = {k: t.bfloat16() for k, t in example.tensors.items() if k.endswith("weight")}
+        example.tensors |= factors
+        if form == "cur":
+            exact = torch.linalg.multi_dot(
+                [factors[f"cur_{name}.weight"].float() for name in "cur"]
+            )
+        else:
+            s, t = (factors[f"id_{name}.weight"].float() for name in "st")
+            exact = torch.cat([s, t @ s])[example.tensors["order"]]
+        layers = built(
+            ReplicatedLinear,
+            "o_proj",
+            {"o_proj": example},
+            *(64, 96),
+            keep_factors=False,
+            params_dtype=torch.bfloat16,
+        )
+        with layers as layer:
+            load(layer, {"o_proj": example})
+        assert not linears_below(layer)
+        served = layer(torch.eye(64).bfloat16()).float().T
+        error = (served - exact).norm() / exact.norm()
+        # A number alone is rounded by up to 0.0039, by 0.0017 at large.
+        assert error < 0.002, (form, error)
 
 
 @check
@@ -916,14 +925,18 @@ def orders_are_on_the_cpu_wherever_the_model_is_made() -> None:
 
 @check
 def a_layer_whose_model_is_gone_is_freed() -> None:
-    examples = one_of_each_form()
-    with built(QKVParallelLinear, "qkv_proj", examples, WIDTH, HEAD, 4, 2) as layer:
-        record_metadata_for_reloading(layer)
-        load(layer, examples)
-    gone = weakref.ref(layer)
-    del layer
-    gc.collect()
-    assert gone() is None
+    for kept in (True, False):
+        examples = one_of_each_form()
+        layers = built(
+            QKVParallelLinear, "qkv_proj", examples, WIDTH, HEAD, 4, 2, keep_factors=kept
+        )
+        with layers as layer:
+            record_metadata_for_reloading(layer)
+            load(layer, examples)
+        gone = weakref.ref(layer)
+        del layer
+        gc.collect()
+        assert gone() is None, kept
 
 
 @check

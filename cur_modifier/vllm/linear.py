@@ -7,7 +7,8 @@ ranks and choose their kernels, each by its name in the checkpoint.
 The first stages of all parts (S, R, dense weights) are stacked into one product, and parts that
 share a skeleton have their T stacked. What comes out is put in order for the whole layer at once:
 see :mod:`~cur_modifier.vllm.order`. Where the factors of a small layer save fewer bytes than their
-additional products cost, they are multiplied out once, and the layer is served as a dense one.
+additional products cost, they are multiplied out as they are loaded, and the layer is served as a
+dense one: see :mod:`~cur_modifier.vllm.dense`.
 
 Tensor parallelism. A column-parallel Linear splits the last factor (C or T) by outputs and repeats
 the first (R or S), since every rank needs all of ``z``. A row-parallel Linear splits the first
@@ -23,17 +24,15 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
-    LinearBase,
     LinearMethodBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
-    UnquantizedLinearMethod,
 )
 
 from cur_modifier.layout import LayoutError, ModuleLayout
-from cur_modifier.vllm.kernels import as_dense
+from cur_modifier.vllm.dense import DenseWeight, are_plain, save_too_little
 from cur_modifier.vllm.order import in_order, pairs_of, runs_of, side_by_side
-from cur_modifier.vllm.parts import CHEAP_BYTES, Part, is_plain, make_stages
+from cur_modifier.vllm.parts import Part, make_stages
 from cur_modifier.vllm.slots import Slots
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class FactoredLinearMethod(LinearMethodBase):
         self.layouts = layouts
         self.config = config
         self.keep_factors = keep_factors
-        self.dense: UnquantizedLinearMethod | None = None  # runs a layer that was multiplied out
+        self.dense: DenseWeight | None = None  # of a layer that is multiplied out
 
     def create_weights(
         self,
@@ -88,19 +87,35 @@ class FactoredLinearMethod(LinearMethodBase):
                 f"{type(layer).__name__}, and this plugin expected {sum(widths)}. It does not know "
                 "how that layer is split. Upgrade it: pip install -U cur-modifier"
             )
-        layer.stages = nn.ModuleList(make_stages(layer, parts, self.config.inner, params_dtype))
+        inner = self.config.inner
+        self.slots = Slots(layer)
+        if (
+            not self.keep_factors
+            and are_plain(parts, layer, inner)
+            and save_too_little(parts, input_size_per_partition, params_dtype.itemsize)
+        ):
+            self.dense = DenseWeight(
+                layer,
+                parts,
+                self.slots,
+                input_size_per_partition=input_size_per_partition,
+                output_partition_sizes=output_partition_sizes,
+                input_size=input_size,
+                output_size=output_size,
+                params_dtype=params_dtype,
+                **extra_weight_attrs,
+            )
+            return
+        layer.stages = nn.ModuleList(make_stages(layer, parts, inner, params_dtype))
         layer.register_buffer("output_order", None, persistent=False)
         layer.register_buffer("output_pairs", None, persistent=False)
         self.dtype = params_dtype
-        slots = Slots(layer)
         for stage in layer.stages:
-            stage.declare(slots)
+            stage.declare(self.slots)
         self.parts = parts
-        self.slots = slots
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Take the slots away, make CUR compact, and note the order of the outputs; or multiply
-        all out, where that is faster.
+        """Take the slots away, make CUR compact, and note the order of the outputs.
 
         vLLM calls this before it prepares the kernels of the Linears below.
 
@@ -109,17 +124,11 @@ class FactoredLinearMethod(LinearMethodBase):
         """
         self.config.check_claimed()
         self.slots.close()
-        weight = None
-        if not self.keep_factors and self._saves_too_little(layer):
-            # Of the factors as they are stored: what is prepared below is rounded once more.
-            weight = torch.cat([stage.multiplied_out() for stage in layer.stages])
-            weight = weight[self._order(layer)].to(self.dtype)
+        if self.dense is not None:
+            self.dense.finish(layer)
+            return
         for stage in layer.stages:
             stage.prepare()
-        if weight is not None and self._saves_too_little(layer):
-            layer.stages = nn.ModuleList()
-            self.dense = as_dense(layer, weight)
-            return
         order = self._order(layer)
         self.runs = runs_of(order)
         if self.runs is None:
@@ -131,7 +140,7 @@ class FactoredLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.dense is not None:
-            return self.dense.apply(layer, x, bias)
+            return self.dense.method.apply(layer, x, bias)
         pieces = [piece for stage in layer.stages for piece in stage(x)]
         if self.runs is None:
             y = in_order(pieces, layer.output_order, layer.output_pairs)
@@ -147,18 +156,6 @@ class FactoredLinearMethod(LinearMethodBase):
             orders |= dict(stage.output_orders(start))
             start += stage.entries
         return torch.cat([orders[part] for part in self.parts])
-
-    def _saves_too_little(self, layer: Any) -> bool:
-        """Whether one dense product would be faster: the factors save fewer bytes than could be
-        read in the time that their additional products take, and none of them is quantized."""
-        linears = [module for module in layer.stages.modules() if isinstance(module, LinearBase)]
-        if not all(is_plain(linear) for linear in linears):
-            return False
-        first = layer.stages[0].first.weight
-        dense = sum(part.width for part in self.parts) * first.shape[1] * first.itemsize
-        stored = sum(linear.weight.nbytes for linear in linears)
-        products = sum(stage.products for stage in layer.stages)
-        return dense - stored < (products - 1) * CHEAP_BYTES
 
 
 def split(layer: Any, layouts: Mapping[str, ModuleLayout | None], in_features: int) -> list[Part]:

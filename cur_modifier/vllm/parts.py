@@ -30,7 +30,18 @@ from vllm.model_executor.utils import replace_parameter
 from cur_modifier.layout import LayoutError, ModuleLayout
 from cur_modifier.vllm.slots import DAMAGED, Slots
 
-__all__ = ["CHEAP_BYTES", "Part", "PartFactors", "Stage", "is_plain", "make_stages"]
+__all__ = [
+    "CHEAP_BYTES",
+    "Part",
+    "PartFactors",
+    "Stage",
+    "by_skeleton",
+    "check_order",
+    "is_cheap_block",
+    "is_plain",
+    "make_stages",
+    "scheme_of",
+]
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,12 @@ class PartFactors:
             z, own: the entries at which ``z`` and the pieces begin.
         """
         raise NotImplementedError
+
+
+def is_cheap_block(upper: Sequence[int], lower: Sequence[int], itemsize: int) -> bool:
+    """Whether one product with a block matrix of two of these shapes is cheaper than two."""
+    zeros = upper[0] * lower[1] + lower[0] * upper[1]
+    return zeros * itemsize <= CHEAP_BYTES
 
 
 def is_plain(linear: LinearBase) -> bool:
@@ -251,6 +268,32 @@ class RowIDPart(PartFactors):
             yield each.part, each.output_order(z, own)
 
 
+def check_order(part: Part, order: torch.Tensor) -> torch.Tensor:
+    """The order ``(m,)`` of a row ID's outputs, on the CPU.
+
+    Raises:
+        LayoutError: it names entries of ``[z; T z]`` that there are not, or one twice, or not every
+            row of T.
+    """
+    assert part.layout is not None
+    rank = part.layout.rank
+    order = order.to("cpu", torch.int64)
+    direct = order[order < rank]
+    rest = order[order >= rank].sort().values - rank
+    if not (
+        order.shape == (part.out_features,)
+        and torch.equal(rest, torch.arange(part.interpolated))
+        and direct.unique().numel() == direct.numel()
+        and (direct >= 0).all()
+    ):
+        m, rows = part.out_features, part.interpolated
+        what = f"a permutation of the {m} outputs"
+        if rows != m - rank:
+            what = f"each of the {rows} rows of id_t and {m - rows} of the {rank} of id_s"
+        raise LayoutError(f"{part.name}.order is not {what}. {DAMAGED}")
+    return order
+
+
 class Interpolation:
     """The rows of one part's T within the Linear that holds them.
 
@@ -287,23 +330,9 @@ class Interpolation:
         """Take ``order (m,)`` of the part, and load what waited for it.
 
         Raises:
-            LayoutError: it names entries of ``[z; T z]`` that there are not, or one twice, or not
-                every row of T.
+            LayoutError: as :func:`check_order`.
         """
-        order = order.to("cpu", torch.int64)
-        direct = order[order < self.rank]
-        rest = order[order >= self.rank].sort().values - self.rank
-        if not (
-            order.shape == (self.part.out_features,)
-            and torch.equal(rest, torch.arange(self.part.interpolated))
-            and direct.unique().numel() == direct.numel()
-            and (direct >= 0).all()
-        ):
-            m, rows = self.part.out_features, self.part.interpolated
-            what = f"a permutation of the {m} outputs"
-            if rows != m - self.rank:
-                what = f"each of the {rows} rows of id_t and {m - rows} of the {self.rank} of id_s"
-            raise LayoutError(f"{self.part.name}.order is not {what}. {DAMAGED}")
+        order = check_order(self.part, order)
         self._mine = torch.cat([order[start:stop] for start, stop in self.part.outputs])
         for load in self._waiting:
             load()
@@ -413,25 +442,6 @@ class Stage(nn.Module):
             pieces.append(piece)
         return pieces
 
-    @property
-    def products(self) -> int:
-        """Matrix products of one forward pass."""
-        return 1 + sum(len(chain) for chain in self._chains)
-
-    def multiplied_out(self) -> torch.Tensor:
-        """The one matrix ``(entries, n)``, in float32, whose product with ``x`` is all the pieces.
-
-        Of plain Linears only, before their kernels are prepared.
-        """
-        z = self.first.weight.float()
-        pieces = [z[: self.direct]]
-        for chain, reads in zip(self._chains, self._reads, strict=True):
-            piece = z[reads]
-            for linear in chain:
-                piece = linear.weight.float() @ piece
-            pieces.append(piece)
-        return torch.cat(pieces)
-
     def _take_up_chains(self, *, join: bool = False) -> None:
         """What is behind the first stage, by piece; ``join`` makes block matrices of some."""
         self._chains: list[list[LinearBase]] = []
@@ -452,8 +462,7 @@ class Stage(nn.Module):
         if not all(len(one) == 1 and is_plain(one[0]) for one in (before, chain)):
             return False
         upper, lower = before[0].weight, chain[0].weight
-        zeros = len(upper) * lower.shape[1] + len(lower) * upper.shape[1]
-        if zeros * upper.itemsize > CHEAP_BYTES:
+        if not is_cheap_block(upper.shape, lower.shape, upper.itemsize):
             return False
         replace_parameter(before[0], "weight", torch.block_diag(upper, lower))
         self._reads[-1] = slice(self._reads[-1].start, reads.stop)
@@ -484,17 +493,23 @@ def make_stages(
         ValueError: a factor that vLLM has no kernel for at this size.
     """
     make = _Factory(layer, inner, dtype)
-    runs = [make.part(together) for together in _by_skeleton(parts)]
+    runs = [make.part(together) for together in by_skeleton(parts)]
     return [make.stage(together) for together in make.stackable(runs)]
 
 
-def _by_skeleton(parts: Sequence[Part]) -> list[list[Part]]:
+def by_skeleton(parts: Sequence[Part]) -> list[list[Part]]:
     """The parts, those together that share a skeleton."""
     together: dict[str, list[Part]] = {}
     for part in parts:
         leader = part.layout.shared_skeleton if part.layout else None
         together.setdefault(leader or part.name, []).append(part)
     return list(together.values())
+
+
+def scheme_of(inner: QuantizationConfig | None, layer: LinearBase, name: str) -> Any:
+    """How compressed-tensors quantizes the Linear ``name`` below ``layer``; None where it does
+    not."""
+    return inner and inner.get_scheme_dict(layer, name)
 
 
 @dataclass(frozen=True)
@@ -634,8 +649,8 @@ class _Factory:
         return self.make(MergedColumnParallelLinear, prefix, rank, sizes, disable_tp=True), rooms
 
     def scheme(self, name: str) -> Any:
-        """How compressed-tensors quantizes the Linear ``name``; None where it does not."""
-        return self.inner and self.inner.get_scheme_dict(self.layer, name)
+        """As :func:`scheme_of`."""
+        return scheme_of(self.inner, self.layer, name)
 
     def alike(self, items: Sequence[Any], name: Callable[[Any], str]) -> list[list[Any]]:
         """The items, those together whose Linears are quantized alike."""

@@ -16,7 +16,7 @@ from cur_modifier.layout import LayoutError
 if TYPE_CHECKING:
     from cur_modifier.vllm.parts import Part
 
-__all__ = ["DAMAGED", "Slots"]
+__all__ = ["DAMAGED", "Slots", "check_finite"]
 
 DAMAGED = "The files were changed or damaged: download or save the checkpoint again."
 
@@ -132,8 +132,7 @@ def _load(
     tensor: torch.Tensor,
 ) -> None:
     """Load one tensor, or say which it was that did not fit."""
-    if tensor.is_floating_point() and not _is_finite(tensor):
-        raise LayoutError(f"{part.name}.{key} holds numbers that are not finite. {DAMAGED}")
+    check_finite(part, key, tensor)
     # The layer above has marked the parameters of all below it with its own rank and size.
     linear.update_param_tp_status()
     try:
@@ -147,6 +146,10 @@ def _load(
         ) from error
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are finite. A sum that is finite says so fifty times faster."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+def check_finite(part: Part, key: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor with numbers that are not finite."""
+    if not tensor.is_floating_point():
+        return
+    # A sum that is finite says so fifty times faster.
+    if not (bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())):
+        raise LayoutError(f"{part.name}.{key} holds numbers that are not finite. {DAMAGED}")
