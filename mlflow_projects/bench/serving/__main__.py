@@ -2,10 +2,10 @@
 
     python mlflow_projects/bench/serving --models llama-1b --variants id-0.8,id-0.5
 
-Random weights of real shapes. Every variant is measured beside the dense model, and a factored and
-quantized one beside the dense model in the same bits as well: one repetition of each in turn, in
-engines that are all loaded, so that whatever else slows the machine slows them all; a speed-up is
-the median of the repetitions' ratios. Run it on an idle machine.
+Random weights of real shapes. The variants of a model are measured beside the dense model, and a
+factored and quantized one beside the dense model in the same bits as well: one repetition of each
+in turn, in engines that are all loaded, five at the most, so that whatever else slows the machine
+slows them all; a speed-up is the median of the repetitions' ratios. Run it on an idle machine.
 
 Load: reading and preparing the weights, in a process of its own, from files that the system holds
 in memory. Decode: 16 tokens behind prompts of 16, at batch 8 and 32, and 64 tokens at batch 1.
@@ -27,7 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from multiprocessing import Pipe
@@ -60,6 +60,7 @@ OUTPUT = Path("bench_out/serving.json")
 LOAD = ("load", 1)
 PHASES = [LOAD, ("decode", 1), ("decode", 8), ("decode", 32), ("prefill", 1), ("prefill", 8)]
 DTYPES = ("bfloat16", "float32")
+MOST_ENGINES = 5  # at once: of the larger model they take 17 GB
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -142,32 +143,56 @@ def measure_model(
 ) -> list[str]:
     """Measure phases of variants of a model beside the dense one; which of them failed."""
     failed = []
-    dense = checkpoint(model, DENSE, folder)
-    for number, (variant, phases) in enumerate(todo.items(), start=1):
-        print(f"[{number}/{len(todo)}] {model}, {variant}", flush=True)
+    groups = measured_together(list(todo))
+    while groups:
+        variants = groups.pop(0)
+        print(f"{model}: {', '.join(map(str, variants))}", flush=True)
         try:
-            directory = checkpoint(model, variant, folder)
-            others = [checkpoint(model, other, folder) for other in compared(variant)]
-            with closing(measure([directory, *others], phases, options)) as rows:
-                for row in rows:
+            models = {v: checkpoint(model, v, folder) for v in with_compared(variants)}
+            with closing(measure(models, {v: [*todo[v]] for v in variants}, options)) as rows:
+                for variant, row in rows:
                     row |= {
                         "model": model,
                         "dtype": options.dtype,
                         **asdict(variant),
-                        "weight_bytes": weight_bytes(directory),
-                        "dense_bytes": weight_bytes(dense),
-                        "projection_bytes_ratio": stored_ratio(directory, dense),
+                        "weight_bytes": weight_bytes(models[variant]),
+                        "dense_bytes": weight_bytes(models[DENSE]),
+                        "projection_bytes_ratio": stored_ratio(models[variant], models[DENSE]),
                         "repetitions": options.repetitions,
                         "environment": openmp_settings(),
                     }
                     put_row(options.output, row, key)
-                    print(f"    {described(row)}", flush=True)
+                    todo[variant].remove((row["phase"], row["batch"]))
+                    print(f"    {row_in_a_line(variant, row)}", flush=True)
         except (EOFError, OSError, RuntimeError, ValueError) as error:
-            failed.append(f"{model} {variant}")
             print(f"    failed: {error!r}\n{_ends(folder)}", flush=True)
-        if variant.form != DENSE.form:  # the others may be compared with again
-            shutil.rmtree(folder / str(variant), ignore_errors=True)
+            if len(variants) > 1:  # so that one stops no other
+                groups[:0] = [[variant] for variant in variants if todo[variant]]
+                continue
+            failed += [f"{model} {variant}" for variant in variants]
+        for variant in variants:
+            if variant.form != DENSE.form:  # the others may be compared with again
+                shutil.rmtree(folder / str(variant), ignore_errors=True)
     return failed
+
+
+def measured_together(variants: list[Variant]) -> list[list[Variant]]:
+    """The variants in groups whose engines are loaded at once, with what they are compared with."""
+    groups: list[list[Variant]] = []
+    for variant in variants:
+        if groups and len(with_compared([*groups[-1], variant])) <= MOST_ENGINES:
+            groups[-1].append(variant)
+        else:
+            groups.append([variant])
+    return groups
+
+
+def with_compared(variants: Iterable[Variant]) -> list[Variant]:
+    """The variants, behind what they are compared with."""
+    found = [DENSE]
+    for variant in variants:
+        found += [*compared(variant), variant]
+    return list(dict.fromkeys(found))
 
 
 def compared(variant: Variant) -> list[Variant]:
@@ -188,22 +213,41 @@ def checkpoint(model: str, variant: Variant, folder: Path) -> Path:
 
 
 def measure(
-    models: list[Path], phases: list[tuple[str, int]], options: argparse.Namespace
-) -> Generator[Row, None, None]:
-    """Rows of the first checkpoint beside the others, each when its phase is done."""
-    if LOAD in phases:
-        yield compare_loading(models, options.dtype, options.repetitions)
-    if speeds := [phase for phase in phases if phase != LOAD]:
-        with ExitStack() as stack:
-            started = [stack.enter_context(engine(model, options.dtype)) for model in models]
-            engines = [connection for connection, _ in started]
-            for phase in speeds:
-                yield compare(engines, *phase, options.repetitions) | started[0][1]
+    models: Mapping[Variant, Path],
+    phases: Mapping[Variant, list[tuple[str, int]]],
+    options: argparse.Namespace,
+) -> Generator[tuple[Variant, Row], None, None]:
+    """A row for each variant and each of its phases, when all have done that phase."""
+
+    def those_with(phase: tuple[str, int]) -> list[Variant]:
+        return [variant for variant, own in phases.items() if phase in own]
+
+    if wanted := those_with(LOAD):
+        yield from compare_loading(
+            {v: models[v] for v in with_compared(wanted)},
+            wanted,
+            options.dtype,
+            options.repetitions,
+        )
+    speeds = [phase for phase in PHASES if phase != LOAD and those_with(phase)]
+    if not speeds:
+        return
+    with ExitStack() as stack:
+        engines, said = {}, {}
+        for variant in with_compared(v for phase in speeds for v in those_with(phase)):
+            print(f"    starting {variant}", flush=True)
+            started = engine(models[variant], options.dtype)
+            engines[variant], said = stack.enter_context(started)
+        for phase in speeds:
+            wanted = those_with(phase)
+            asked = {v: engines[v] for v in with_compared(wanted)}
+            for variant, row in compare(asked, wanted, *phase, options.repetitions):
+                yield variant, row | said
 
 
-def described(row: Row) -> str:
-    """A row in a line."""
-    name = f"{row['phase']:>7} {row['batch']:>2}: "
+def row_in_a_line(variant: Variant, row: Row) -> str:
+    """What was measured of a variant in one phase."""
+    name = f"{variant!s:<12} {row['phase']:>7} {row['batch']:>2}: "
     if row["phase"] == LOAD[0]:
         return f"{name}{row['seconds']:8.1f} s, dense {row['dense_seconds']:.1f} s"
     line = (
@@ -215,61 +259,77 @@ def described(row: Row) -> str:
     return line
 
 
-def compare_loading(models: list[Path], dtype: str, repetitions: int) -> Row:
+def compare_loading(
+    models: Mapping[Variant, Path], wanted: list[Variant], dtype: str, repetitions: int
+) -> Iterator[tuple[Variant, Row]]:
     """The checkpoints in turn, each in a process that ends when the weights are ready."""
-    seconds: list[list[float]] = [[] for _ in models]
+    seconds: dict[Variant, list[float]] = {variant: [] for variant in models}
     for _ in range(repetitions):
-        for model, taken in zip(models, seconds, strict=True):
+        for variant, model in models.items():
             with engine(model, dtype, only_load=True) as (_, loaded):
-                taken.append(loaded["load_seconds"])
-    own, dense, *_ = seconds
-    return {
-        "phase": LOAD[0],
-        "batch": LOAD[1],
-        "tokens_per_second": None,
-        "seconds": median(own),
-        "dense_seconds": median(dense),
-        **speedups([[1 / taken for taken in model] for model in seconds]),
-        "linear_share": None,
-        "vllm": loaded["vllm"],
-    }
+                seconds[variant].append(loaded["load_seconds"])
+    speeds = {variant: [1 / taken for taken in own] for variant, own in seconds.items()}
+    for variant in wanted:
+        yield (
+            variant,
+            {
+                "phase": LOAD[0],
+                "batch": LOAD[1],
+                "tokens_per_second": None,
+                "seconds": median(seconds[variant]),
+                "dense_seconds": median(seconds[DENSE]),
+                **speedups(variant, speeds),
+                "linear_share": None,
+                "vllm": loaded["vllm"],
+            },
+        )
 
 
-def compare(engines: list[Connection], phase: str, batch: int, repetitions: int) -> Row:
-    """The engines in turn, one phase; the first's row."""
-    for each in engines:  # warms up
+def compare(
+    engines: Mapping[Variant, Connection],
+    wanted: list[Variant],
+    phase: str,
+    batch: int,
+    repetitions: int,
+) -> Iterator[tuple[Variant, Row]]:
+    """The engines in turn, one phase."""
+    for each in engines.values():  # warms up
         ask(each, "generate", batch, 16, 2)
-    measured = [
-        [ask(each, "measure", phase, batch) for each in engines] for _ in range(repetitions)
-    ]
-    profiles = [
-        [ask(each, "profile", phase, batch) for each in engines[:2]] for _ in range(repetitions)
-    ]
-    speeds = [
-        [found["tokens_per_second"] for found in each] for each in zip(*measured, strict=True)
-    ]
-    own, dense = zip(*profiles, strict=True)
-    return {
-        "phase": phase,
-        "batch": batch,
-        "tokens_per_second": median(speeds[0]),
-        **speedups(speeds),
-        "seconds_to_first_token": median(found[0]["first_token"] for found in measured),
-        "linear_share": median(found["linear"] / found["whole"] for found in own),
-        "dense_linear_share": median(found["linear"] / found["whole"] for found in dense),
-        "linear_speedup": median(b["linear"] / a["linear"] for a, b in profiles),
-        "peak_rss_bytes": own[-1]["peak_rss_bytes"],
-        "dense_peak_rss_bytes": dense[-1]["peak_rss_bytes"],
-    }
+    measured: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in engines}
+    profiles: dict[Variant, list[dict[str, float]]] = {v: [] for v in [DENSE, *wanted]}
+    for method, found in (("measure", measured), ("profile", profiles)):
+        for _ in range(repetitions):
+            for variant, own in found.items():
+                own.append(ask(engines[variant], method, phase, batch))
+    speeds = {v: [one["tokens_per_second"] for one in own] for v, own in measured.items()}
+    dense = profiles[DENSE]
+    for variant in wanted:
+        own = profiles[variant]
+        yield (
+            variant,
+            {
+                "phase": phase,
+                "batch": batch,
+                "tokens_per_second": median(speeds[variant]),
+                **speedups(variant, speeds),
+                "seconds_to_first_token": median(one["first_token"] for one in measured[variant]),
+                "linear_share": median(one["linear"] / one["whole"] for one in own),
+                "dense_linear_share": median(one["linear"] / one["whole"] for one in dense),
+                "linear_speedup": median(
+                    b["linear"] / a["linear"] for a, b in zip(own, dense, strict=True)
+                ),
+                "peak_rss_bytes": own[-1]["peak_rss_bytes"],
+                "dense_peak_rss_bytes": dense[-1]["peak_rss_bytes"],
+            },
+        )
 
 
-def speedups(speeds: list[list[float]]) -> Row:
-    """The first's over the second's, dense, and over the third's where there is one: medians of
-    the repetitions' ratios, and their ranges."""
-    own, *others = speeds
+def speedups(variant: Variant, speeds: Mapping[Variant, list[float]]) -> Row:
+    """A variant's speed over that of dense, and over that of dense in the same bits where there is
+    one: medians of the repetitions' ratios, and their ranges."""
     row: Row = {"speedup_over_quantized": None}
-    for name, other in zip(("dense", "quantized"), others, strict=False):
-        ratios = [a / b for a, b in zip(own, other, strict=True)]
+    for name, other in zip(("dense", "quantized"), compared(variant), strict=False):
+        ratios = [a / b for a, b in zip(speeds[variant], speeds[other], strict=True)]
         row[f"speedup_over_{name}"] = median(ratios)
         row[f"speedup_over_{name}_range"] = [min(ratios), max(ratios)]
     return row

@@ -61,6 +61,7 @@ def make(model: str, dtype: str) -> LLM:
         max_num_seqs=LARGEST_BATCH,
         max_num_batched_tokens=8 * PREFILL,
         enable_prefix_caching=False,  # every repetition computes its prompts
+        disable_log_stats=False,  # notes when each request had its first and its last token
     )
 
 
@@ -95,26 +96,34 @@ class Engine:
         self.vocabulary = self.llm.model_config.get_vocab_size()
         self._generator = torch.Generator().manual_seed(0)
 
-    def generate(self, batch: int, prompt: int, new: int) -> float:
-        """Seconds for ``batch`` prompts of random tokens and ``new`` tokens each."""
+    def generate(self, batch: int, prompt: int, new: int) -> dict[str, float]:
+        """Seconds for ``batch`` prompts of random tokens and ``new`` tokens each, and how many of
+        them pass between all of the first tokens and the last."""
         ids = torch.randint(self.vocabulary, (batch, prompt), generator=self._generator).tolist()
         prompts = [TokensPrompt(prompt_token_ids=one) for one in ids]
         parameters = SamplingParams(
             temperature=0, max_tokens=new, ignore_eos=True, detokenize=False
         )
         started = time.perf_counter()
-        self.llm.generate(prompts, parameters, use_tqdm=False)
-        return time.perf_counter() - started
+        outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        notes = [output.metrics for output in outputs]
+        decode = max(note.last_token_ts for note in notes) - max(
+            note.first_token_ts for note in notes
+        )
+        return {"seconds": seconds, "decode": decode}
 
     def measure(self, phase: str, batch: int) -> dict[str, float]:
-        """Tokens a second of one phase."""
+        """Tokens a second of one phase, and seconds until all prompts have their first token."""
         if phase == "prefill":
-            seconds = self.generate(batch, PREFILL, 1)
-            return {"tokens_per_second": batch * PREFILL / seconds, "first_token": seconds}
-        first = self.generate(batch, PROMPT, 1)
+            first = self.generate(batch, PREFILL, 1)["seconds"]
+            return {"tokens_per_second": batch * PREFILL / first, "first_token": first}
         steps = decode_steps(batch)
-        seconds = self.generate(batch, PROMPT, 1 + steps) - first
-        return {"tokens_per_second": batch * steps / seconds, "first_token": first}
+        taken = self.generate(batch, PROMPT, 1 + steps)
+        return {
+            "tokens_per_second": batch * steps / taken["decode"],
+            "first_token": taken["seconds"] - taken["decode"],
+        }
 
     def profile(self, phase: str, batch: int) -> dict[str, float]:
         """Seconds in products with weights, but for those with the vocabulary, and in all."""
@@ -158,8 +167,6 @@ def main(model: str, dtype: str, descriptor: str, only: str = "") -> None:
 def answer(engine: Engine, method: str, arguments: tuple[Any, ...]) -> dict[str, float]:
     """What a method of the engine gives, with the most memory that this process has held."""
     found = getattr(engine, method)(*arguments)
-    if not isinstance(found, dict):
-        found = {"seconds": found}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found | {"peak_rss_bytes": peak}
 
