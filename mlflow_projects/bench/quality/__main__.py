@@ -22,11 +22,14 @@ from pathlib import Path
 
 if not __package__:  # run as a folder: let its modules find each other by the package's name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for files.py, figures.py
+sys.path.insert(
+    1, str(Path(__file__).resolve().parents[2])
+)  # for files.py, figures.py, processes.py
 
 from files import Row, put_figure, put_row, read_rows, refuse_others
+from processes import apart
 
-from quality.measure import Job, measure_apart
+from quality.measure import Job, measure
 from quality.methods import METHODS
 from quality.protocol import CALIBRATIONS, DATA, RATIOS, missing_files
 from quality.results import format_tables, key, plot
@@ -125,7 +128,7 @@ def measure_all(todo: Sequence[Job], output: Path, settings: Row) -> list[Job]:
     for number, job in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {job}", flush=True)
         try:
-            row = measure_apart(job)
+            row = apart(measure, job)
         except RuntimeError as error:  # the others are measured all the same
             failed.append(job)
             print(f"    failed: {error}", flush=True)

@@ -1,14 +1,11 @@
-"""One row, measured in a process of its own: its peak memory is the method's, its crash too."""
+"""One row. Measured in a process of its own, its peak memory is the method's."""
 
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 import time
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from files import Row
@@ -16,7 +13,7 @@ from files import Row
 from quality.methods import METHODS, Calibration
 from quality.protocol import calibration_windows, evaluation_windows, model_directory
 
-__all__ = ["Job", "measure", "measure_apart", "peak_rss_bytes"]
+__all__ = ["Job", "measure", "peak_rss_bytes"]
 
 
 @dataclass(frozen=True)
@@ -37,35 +34,6 @@ class Job:
     def __str__(self) -> str:
         wish = "" if self.ratio is None else f" at {self.ratio:g}"
         return f"{self.method}{wish}, calibrated on {self.calibration}"
-
-
-def measure_apart(job: Job) -> Row:
-    """:func:`measure` in a fresh process, which an interrupted call takes with it.
-
-    Raises:
-        RuntimeError: the process ended without a row. What it raised is on the standard error.
-    """
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(job, sender))
-    process.start()
-    sender.close()  # the process holds the only other one, so its end ends the wait
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        reason = (
-            "killed, perhaps for memory" if process.exitcode == -signal.SIGKILL else "see above"
-        )
-        raise RuntimeError(f"its process ended with status {process.exitcode} ({reason})") from None
-    finally:
-        process.kill()
-        process.join()
-
-
-def _send(job: Job, sender: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the other one ends this
-    sender.send(measure(job))
 
 
 def measure(job: Job) -> Row:

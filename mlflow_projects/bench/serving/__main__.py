@@ -10,9 +10,9 @@ slows them all; a speed-up is the median of the repetitions' ratios. Run it on a
 Load: reading and preparing the weights, in a process of its own, from files that the system holds
 in memory. Decode: 16 tokens behind prompts of 16, at batch 8 and 32, and 64 tokens at batch 1.
 Prefill: prompts of 512, at batch 1 and 8. The linear layers' share of the time is from as many
-profiles; with them comes their own speed-up, to be compared with the bytes that they no longer
-read. A row is written when its phase is done and kept from then on, so an interrupted run
-continues.
+profiles, of a prefill from one; with them comes their own speed-up, to be compared with the bytes
+that they no longer read. A row is written when its phase is done and kept from then on, so an
+interrupted run continues.
 
 All engines run in bfloat16, or in float32 where the processor has no units for bfloat16 and would
 emulate it. Variables of OpenMP in the shell change the figures; each row says which were set.
@@ -38,10 +38,11 @@ from typing import Any
 
 if not __package__:  # run as a folder: let its modules find each other by the package's name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for files.py
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for files.py, processes.py
 sys.path.insert(1, str(Path(__file__).resolve().parents[3] / "tools"))
 
 from files import Row, put_figure, put_row, read_rows
+from processes import apart
 from vllm_server import CPU_SETTINGS, vllm_program
 
 from serving.forms import (
@@ -60,7 +61,7 @@ OUTPUT = Path("bench_out/serving.json")
 LOAD = ("load", 1)
 PHASES = [LOAD, ("decode", 1), ("decode", 8), ("decode", 32), ("prefill", 1), ("prefill", 8)]
 DTYPES = ("bfloat16", "float32")
-MOST_ENGINES = 5  # at once: of the larger model they take 17 GB
+MOST_ENGINES = 5  # at once: of the larger model they take 18 GB
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -207,7 +208,7 @@ def checkpoint(model: str, variant: Variant, folder: Path) -> Path:
     if not directory.exists():
         print(f"    making {model}, {variant}", flush=True)
         unfinished = folder / f"unfinished-{variant}"
-        make_checkpoint(model, variant, unfinished)
+        apart(make_checkpoint, MODELS[model], variant, unfinished)  # whose memory engines need
         unfinished.rename(directory)
     return directory
 
@@ -297,8 +298,12 @@ def compare(
         ask(each, "generate", batch, 16, 2)
     measured: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in engines}
     profiles: dict[Variant, list[dict[str, float]]] = {v: [] for v in [DENSE, *wanted]}
-    for method, found in (("measure", measured), ("profile", profiles)):
-        for _ in range(repetitions):
+    profiled = 1 if phase == "prefill" else repetitions  # it is long, and of equal parts
+    for method, found, times in (
+        ("measure", measured, repetitions),
+        ("profile", profiles, profiled),
+    ):
+        for _ in range(times):
             for variant, own in found.items():
                 own.append(ask(engines[variant], method, phase, batch))
     speeds = {v: [one["tokens_per_second"] for one in own] for v, own in measured.items()}

@@ -81,15 +81,15 @@ VARIANTS = {
 DEFAULT = ["id-0.8", "id-0.5", "dense-W4A16", "id-0.7-W4A16"]  # twenty minutes on two cores
 
 
-def make_checkpoint(name: str, variant: Variant, directory: Path) -> None:
-    """Save a model of random weights."""
+def make_checkpoint(sizes: dict[str, Any], variant: Variant, directory: Path) -> None:
+    """Save a model of random weights, with ``sizes`` as in ``MODELS``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from cur_modifier.checkpoint import wrap_save_pretrained
 
     torch.manual_seed(0)
-    config = LlamaConfig(**MODELS[name], max_position_embeddings=2048)
+    config = LlamaConfig(**sizes, max_position_embeddings=2048)
     torch.set_default_dtype(torch.bfloat16)
     try:
         model = LlamaForCausalLM(config)
