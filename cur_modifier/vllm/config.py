@@ -143,10 +143,11 @@ class CURQuantizationConfig(QuantizationConfig):
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-        from cur_modifier.vllm.kernels import stand_in
         from cur_modifier.vllm.linear import FactoredLinearMethod
 
         if self.inner is not None:
+            from cur_modifier.vllm.kernels import stand_in
+
             stand_in()
         if isinstance(layer, LinearBase):
             names = self._parts(prefix)
