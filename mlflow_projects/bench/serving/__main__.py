@@ -38,7 +38,7 @@ from typing import Any
 
 if not __package__:  # run as a folder: let its modules find each other by the package's name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for files.py, processes.py
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # files, figures, processes
 sys.path.insert(1, str(Path(__file__).resolve().parents[3] / "tools"))
 
 from files import Row, put_figure, put_row, read_rows

@@ -78,7 +78,7 @@ VARIANTS = {
     )
 }
 
-DEFAULT = ["id-0.8", "id-0.5", "dense-W4A16", "id-0.7-W4A16"]  # twenty minutes on two cores
+DEFAULT = ["id-0.8", "id-0.5", "dense-W4A16", "id-0.7-W4A16"]  # three quarters of an hour
 
 
 def make_checkpoint(sizes: dict[str, Any], variant: Variant, directory: Path) -> None:

@@ -74,6 +74,7 @@ def _cell(row: Row | None, beside: str) -> str:
 def plot(rows: Sequence[Row]) -> Any:
     """Speed over bytes, a panel for each model and for decode and prefill at batch 1."""
     import numpy as np
+    from figures import label_within_decades
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(map(model_of, rows)))
@@ -111,6 +112,7 @@ def plot(rows: Sequence[Row]) -> Any:
                 ylabel="speed ÷ dense (open: linear layers alone)",
                 yscale="log",
             )
+            label_within_decades(axes.yaxis)
             axes.legend(loc="upper right")
             axes.grid(alpha=0.3, which="both")
     return figure
