@@ -52,6 +52,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from cur_modifier.layout import Layout, LayoutError, ModuleLayout
 from cur_modifier.vllm import kernels, register
 from cur_modifier.vllm.config import KEEP_FACTORS, CURQuantizationConfig
+from cur_modifier.vllm.dense import as_factors
 
 CHECKS: dict[str, Callable[[], None]] = {}
 WIDTH, HEAD, GROUP = 32, 8, 32
@@ -246,6 +247,14 @@ def built(
 
 def load(layer: Any, examples: dict[str, Example], *, skip: str = "") -> None:
     """Hand over the tensors as vLLM's loader does, and let the layers prepare themselves."""
+    hand_over(layer, examples, skip=skip)
+    for module in list(layer.modules()):  # parents first, as vLLM goes
+        if hasattr(module, "quant_method"):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def hand_over(layer: Any, examples: dict[str, Example], *, skip: str = "") -> None:
+    """Hand over the tensors as vLLM's loader does."""
     ids: list[Any] = [None]
     if len(examples) > 1:
         ids = ["q", "k", "v"] if isinstance(layer, QKVParallelLinear) else [0, 1]
@@ -255,9 +264,6 @@ def load(layer: Any, examples: dict[str, Example], *, skip: str = "") -> None:
             if f"{name}.{key}" != skip:
                 arguments = () if shard is None else (shard,)
                 parameters[key].weight_loader(parameters[key], tensor, *arguments)
-    for module in list(layer.modules()):  # parents first, as vLLM goes
-        if hasattr(module, "quant_method"):
-            module.quant_method.process_weights_after_loading(module)
 
 
 @contextmanager
@@ -359,6 +365,12 @@ def one_of_each_form() -> dict[str, Example]:
         "k_proj": Example("cur", 16, 1),
         "v_proj": Example("dense", 16, 2),
     }
+
+
+def weights_below(layer: Any) -> tuple[int, int]:
+    """Numbers that their weights hold, and how many they are."""
+    found = [module for module in layer.stages.modules() if isinstance(module, LinearBase)]
+    return sum(module.weight.numel() for module in found), len(found)
 
 
 @check
@@ -881,6 +893,29 @@ def factors_that_save_more_than_a_product_costs_are_kept() -> None:
         with layers as layer:
             load(layer, examples)
         assert bool(linears_below(layer)) == (rank == 256), (form, rank)
+
+
+@check
+def what_factors_would_read_is_known_from_their_shapes() -> None:
+    heads = {"q_proj": 32, "k_proj": 16, "v_proj": 16}
+    ids = {name: Example("id", out, seed) for seed, (name, out) in enumerate(heads.items())}
+    for examples, rank in itertools.product(
+        (one_of_each_form(), ids, sharing(heads, "k_proj", 12)), range(2)
+    ):
+        layers = built(QKVParallelLinear, "qkv_proj", examples, WIDTH, HEAD, 4, 2)
+        with pretend(rank, 2), layers as layer:
+            hand_over(layer, examples)
+            layer.quant_method.process_weights_after_loading(layer)  # and not the Linears below
+            assert weights_below(layer) == as_factors(layer.quant_method.parts, WIDTH, 4)
+    width = 640  # at which the zeros of a block matrix are not cheap
+    wide = {
+        name: Example("id", width, 0, width=width, rank=320) for name in ("gate_proj", "up_proj")
+    }
+    with built(MergedColumnParallelLinear, "gate_up_proj", wide, width, [width, width]) as layer:
+        hand_over(layer, wide)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert weights_below(layer) == as_factors(layer.quant_method.parts, width, 4)
+        assert len(linears_below(layer)) == 3
 
 
 @check

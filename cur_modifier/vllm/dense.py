@@ -27,7 +27,7 @@ from cur_modifier.vllm.parts import (
 )
 from cur_modifier.vllm.slots import DAMAGED, Slots, check_finite
 
-__all__ = ["DenseWeight", "are_plain", "save_too_little"]
+__all__ = ["DenseWeight", "are_plain", "as_factors", "save_too_little"]
 
 _Tensors = dict[Part, dict[str, torch.Tensor]]  # of parts that share a skeleton, or of one
 
@@ -48,8 +48,16 @@ def save_too_little(parts: Sequence[Part], inputs: int, itemsize: int) -> bool:
         inputs: of the layer on this rank.
         itemsize: bytes of a number.
     """
+    numbers, products = as_factors(parts, inputs, itemsize)
+    dense = sum(part.width for part in parts) * inputs
+    return (dense - numbers) * itemsize < (products - 1) * CHEAP_BYTES
+
+
+def as_factors(parts: Sequence[Part], inputs: int, itemsize: int) -> tuple[int, int]:
+    """How many numbers the products read where the factors are kept, and how many products there
+    are. Arguments as :func:`save_too_little`."""
     numbers, products = 0, 0
-    first = False  # whether there is a first stage that all ranks have whole
+    stacked = False  # whether there is a first stage that all ranks have whole
     reads = 0  # numbers of z so far
     block = (0, 0, -1)  # rows, columns and end in z of what the next second factor may join
     for together in by_skeleton(parts):
@@ -59,9 +67,9 @@ def save_too_little(parts: Sequence[Part], inputs: int, itemsize: int) -> bool:
             if part.tp_size > 1:
                 products += 1
             else:
-                first, reads = True, reads + part.width
+                stacked, reads = True, reads + part.width
             continue
-        first, rank = True, part.layout.rank
+        stacked, rank = True, part.layout.rank
         numbers += rank * inputs
         reads += rank
         if part.layout.form == "id":
@@ -71,15 +79,16 @@ def save_too_little(parts: Sequence[Part], inputs: int, itemsize: int) -> bool:
         else:
             rows = part.width
             numbers, products = numbers + rank * rank, products + 1
+        if not rows:
+            continue
         above, columns, end = block
         if end == reads - rank and is_cheap_block((above, columns), (rows, rank), itemsize):
             numbers += (above + rows) * (columns + rank) - above * columns
             block = (above + rows, columns + rank, reads)
-        elif rows:
+        else:
             numbers, products = numbers + rows * rank, products + 1
             block = (rows, rank, reads)
-    dense = sum(part.width for part in parts) * inputs
-    return (dense - numbers) * itemsize < (products + first - 1) * CHEAP_BYTES
+    return numbers, products + stacked
 
 
 class DenseWeight:
