@@ -22,9 +22,7 @@ from pathlib import Path
 
 if not __package__:  # run as a folder: let its modules find each other by the package's name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-sys.path.insert(
-    1, str(Path(__file__).resolve().parents[2])
-)  # for files.py, figures.py, processes.py
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # files, figures, processes
 
 from files import Row, put_figure, put_row, read_rows, refuse_others
 from processes import apart
