@@ -150,15 +150,22 @@ def measure_model(
         print(f"{model}: {', '.join(map(str, variants))}", flush=True)
         try:
             models = {v: checkpoint(model, v, folder) for v in with_compared(variants)}
+            # Once, and not while engines are measured: it reads the files.
+            sizes = {
+                variant: {
+                    "weight_bytes": weight_bytes(models[variant]),
+                    "dense_bytes": weight_bytes(models[DENSE]),
+                    "projection_bytes_ratio": stored_ratio(models[variant], models[DENSE]),
+                }
+                for variant in variants
+            }
             with closing(measure(models, {v: [*todo[v]] for v in variants}, options)) as rows:
                 for variant, row in rows:
                     row |= {
                         "model": model,
                         "dtype": options.dtype,
                         **asdict(variant),
-                        "weight_bytes": weight_bytes(models[variant]),
-                        "dense_bytes": weight_bytes(models[DENSE]),
-                        "projection_bytes_ratio": stored_ratio(models[variant], models[DENSE]),
+                        **sizes[variant],
                         "repetitions": options.repetitions,
                         "environment": openmp_settings(),
                     }
