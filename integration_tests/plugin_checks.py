@@ -49,7 +49,7 @@ from vllm.model_executor.layers.quantization import (
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.models.utils import WeightsMapper
 
-from cur_modifier.layout import Layout, LayoutError, ModuleLayout
+from cur_modifier.forms.schema import ModuleSpec, Schema, SchemaError
 from cur_modifier.vllm import kernels, register
 from cur_modifier.vllm.config import KEEP_FACTORS, CURQuantizationConfig
 from cur_modifier.vllm.dense import as_factors
@@ -86,13 +86,13 @@ class Example:
             return torch.randn(shape, generator=generator)
 
         rank = rank or 3 + seed % 4  # parts of one module have ranks of their own
-        self.layout: ModuleLayout | None = None
+        self.layout: ModuleSpec | None = None
         self.tensors: dict[str, torch.Tensor] = {}
         self.bias = random(out) if bias else None
         if form == "dense":
             self.tensors["weight"] = self.product = random(out, width)
         else:
-            self.layout = ModuleLayout(
+            self.layout = ModuleSpec(
                 form=form, rank=rank, in_features=width, out_features=out, bias=bias
             )
             indices = torch.arange(rank, dtype=torch.int32)
@@ -171,7 +171,7 @@ def sharing(
         example = examples[name] = Example("dense", out, seed, width=width, bias=bias)
         example.tensors.pop("weight")
         rest = order >= rank
-        example.layout = ModuleLayout(
+        example.layout = ModuleSpec(
             form="id",
             rank=rank,
             in_features=width,
@@ -230,7 +230,7 @@ def built(
     """A vLLM Linear with the examples as parts, not loaded yet. At their size it would be served
     dense by default."""
     modules = {f"{BLOCK}.{n}": e.layout for n, e in examples.items() if e.layout is not None}
-    config = CURQuantizationConfig(Layout(modules=modules, compressed_tensors=section))
+    config = CURQuantizationConfig(Schema(modules=modules, compressed_tensors=section))
     config.packed_modules_mapping = FUSED
     bias = any(example.bias is not None for example in examples.values())
     settings = {KEEP_FACTORS: True} if keep_factors else {}
@@ -277,7 +277,7 @@ def pretend(rank: int, size: int) -> Iterator[None]:
         yield
 
 
-def raises(message: str, function: Callable[[], Any], kind: type[Exception] = LayoutError) -> None:
+def raises(message: str, function: Callable[[], Any], kind: type[Exception] = SchemaError) -> None:
     """``function`` raises an error of that kind that says ``message``."""
     try:
         function()
@@ -774,7 +774,7 @@ def orders_that_lead_nowhere_are_named() -> None:
 def a_skeleton_of_another_linear_is_refused() -> None:
     examples = sharing({"q_proj": 32, "o_proj": 32}, "q_proj", 20)
     modules = {f"{BLOCK}.{name}": example.layout for name, example in examples.items()}
-    config = CURQuantizationConfig(Layout(modules=modules))
+    config = CURQuantizationConfig(Schema(modules=modules))
     config.packed_modules_mapping = FUSED
     raises(
         f"{BLOCK}.o_proj uses the skeleton of {BLOCK}.q_proj, which vLLM does not run in the same",
@@ -788,7 +788,7 @@ def a_skeleton_of_another_linear_is_refused() -> None:
 def leaders_have_the_names_that_vllm_gives() -> None:
     examples = sharing({"gate_proj": 24, "up_proj": 24}, "up_proj", 20)
     modules = {f"{BLOCK}.{name}": example.layout for name, example in examples.items()}
-    config = CURQuantizationConfig(Layout(modules=modules))
+    config = CURQuantizationConfig(Schema(modules=modules))
     mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
     with mock.patch.object(CURQuantizationConfig, "_check_tensor_parallel"):
         config.apply_vllm_mapper(mapper)
@@ -984,7 +984,7 @@ def a_checkpoint_that_was_not_read_is_no_damaged_one() -> None:
 
 @check
 def a_setting_that_is_neither_true_nor_false_is_refused() -> None:
-    layout = Layout(modules={f"{BLOCK}.o_proj": Example("id", 40, 2).layout})
+    layout = Schema(modules={f"{BLOCK}.o_proj": Example("id", 40, 2).layout})
     config = CURQuantizationConfig(layout)
     settings = VllmConfig(additional_config={KEEP_FACTORS: "no"})
     layer = ReplicatedLinear(WIDTH, 40)
@@ -994,9 +994,9 @@ def a_setting_that_is_neither_true_nor_false_is_refused() -> None:
 
 @check
 def factored_experts_are_refused() -> None:
-    layout = Layout(
+    layout = Schema(
         modules={
-            f"{BLOCK}.experts.0.up_proj": ModuleLayout(
+            f"{BLOCK}.experts.0.up_proj": ModuleSpec(
                 form="cur", rank=2, in_features=8, out_features=8
             )
         }

@@ -20,7 +20,7 @@ from support import CUR, ID, SPARSE_2_4, W4A16, recipe_text
 from transformers import AutoModelForCausalLM
 
 from cur_modifier.factored import FactoredLinear
-from cur_modifier.layout import Layout, LayoutError
+from cur_modifier.forms.schema import Schema, SchemaError
 from cur_modifier.modifiers.report import parameter_bytes
 
 PROMPT = torch.arange(1000, 1048)[None]
@@ -153,7 +153,7 @@ def _python(script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_layout_describes_the_checkpoint(saved: Saved) -> None:
     config = json.loads((saved.path / "config.json").read_text())
-    layout = Layout.read(config["quantization_config"])
+    layout = Schema.read(config["quantization_config"])
     tensors = load_file(saved.path / "model.safetensors")
     for name, module in layout.modules.items():
         for factor, shape in module.factor_shapes.items():
@@ -175,7 +175,7 @@ def test_a_missing_factor_is_named(saved: Saved, tmp_path: Path) -> None:
     )
     del tensors[lost]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LayoutError, match=f"{lost.removesuffix('_packed')} is missing"):
+    with pytest.raises(SchemaError, match=f"{lost.removesuffix('_packed')} is missing"):
         AutoModelForCausalLM.from_pretrained(broken)
 
 

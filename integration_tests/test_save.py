@@ -15,7 +15,7 @@ from support import Compress
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cur_modifier import checkpoint
-from cur_modifier.layout import LayoutError
+from cur_modifier.forms.schema import SchemaError
 
 CUR = {"rank": {"fixed": 32}, "layers": {"select": [5]}}
 
@@ -199,7 +199,7 @@ def test_config_that_disagrees_is_refused(
     else:
         section["modules"][name] |= change
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(SchemaError, match=message):
         AutoModelForCausalLM.from_pretrained(out)
 
 
@@ -209,5 +209,5 @@ def test_a_model_of_another_shape_is_refused(factored: Any, tmp_path: Path) -> N
     config = json.loads((out / "config.json").read_text())
     config["hidden_size"] = 320
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LayoutError, match="is 512x256, but the model builds it as 512x320"):
+    with pytest.raises(SchemaError, match="is 512x256, but the model builds it as 512x320"):
         AutoModelForCausalLM.from_pretrained(out)

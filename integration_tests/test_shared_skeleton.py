@@ -18,9 +18,9 @@ from support import NO_PROCESSOR, W4A16
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cur_modifier.checkpoint import wrap_save_pretrained
+from cur_modifier.checkpoint.save import wrap_save_pretrained
 from cur_modifier.factored import InterpolativeLinear, load_shared, shared_skeleton
-from cur_modifier.layout import LayoutError
+from cur_modifier.forms.schema import SchemaError
 from cur_modifier.linalg import interpolative, split_rows
 
 PROMPT = torch.arange(100, 148)[None]
@@ -183,7 +183,7 @@ def test_a_leader_that_is_not_there_is_named(saved: Saved, tmp_path: Path) -> No
     (broken / "config.json").unlink()
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        LayoutError, match=f"{k} uses the skeleton of model.layers.3.x, which is not"
+        SchemaError, match=f"{k} uses the skeleton of model.layers.3.x, which is not"
     ):
         AutoModelForCausalLM.from_pretrained(broken)
 

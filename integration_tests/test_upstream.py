@@ -16,7 +16,7 @@ from support import NO_PROCESSOR, SPARSE_2_4, W4A16, Compress
 from transformers import AutoConfig
 
 from cur_modifier import checkpoint
-from cur_modifier.checkpoint import TRIPWIRE
+from cur_modifier.checkpoint.save import TRIPWIRE
 from cur_modifier.modifiers import upstream
 
 CUR = {"rank": {"fixed": 32}, "layers": {"select": [4, 5]}}

@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr, field_serializer, model_validator
 from torch import nn
 from tqdm import tqdm
 
-from cur_modifier.checkpoint import wrap_save_pretrained
+from cur_modifier.checkpoint.save import wrap_save_pretrained
 from cur_modifier.factored import InterpolativeLinear
 from cur_modifier.linalg import (
     Form,

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from cur_modifier.checkpoint import wrap_save_pretrained
-from cur_modifier.layout import QUANT_METHOD
+from cur_modifier.checkpoint.save import wrap_save_pretrained
+from cur_modifier.forms.schema import QUANT_METHOD
 from cur_modifier.transformers.quantizer import CURConfig, CURQuantizer
 
 __all__ = ["CURConfig", "PluginQuantizer", "register"]

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from cur_modifier.factored import FACTORED_CLASSES
-from cur_modifier.layout import QUANT_METHOD, Layout, LayoutError, ModuleLayout, stored_shapes
+from cur_modifier.forms.schema import QUANT_METHOD, ModuleSpec, Schema, SchemaError, stored_shapes
 
 __all__ = ["CURConfig", "CURQuantizer", "register"]
 
@@ -33,12 +33,12 @@ class CURConfig(QuantizationConfigMixin):
     """``quantization_config`` of a factored checkpoint.
 
     Raises:
-        LayoutError: the section is not one that this version reads.
+        SchemaError: the section is not one that this version reads.
     """
 
     def __init__(self, **section: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.layout = Layout.read(section)
+        self.layout = Schema.read(section)
 
     @classmethod
     def from_dict(
@@ -127,19 +127,19 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(CURQuantizer)
 
 
-def _swap(model: nn.Module, name: str, layout: ModuleLayout, dtype: torch.dtype | None) -> None:
+def _swap(model: nn.Module, name: str, layout: ModuleSpec, dtype: torch.dtype | None) -> None:
     parent_name, _, child = name.rpartition(".")
     try:
         dense = model.get_submodule(name)
     except AttributeError:
-        raise LayoutError(
+        raise SchemaError(
             f"config.json says that {name} is factored, but {type(model).__name__} has no such "
             "module. The checkpoint belongs to another architecture or transformers version."
         ) from None
     if not isinstance(dense, nn.Linear):
-        raise LayoutError(f"config.json says that {name} is factored; here it is no nn.Linear.")
+        raise SchemaError(f"config.json says that {name} is factored; here it is no nn.Linear.")
     if (dense.out_features, dense.in_features) != (layout.out_features, layout.in_features):
-        raise LayoutError(
+        raise SchemaError(
             f"config.json says that {name} is {layout.out_features}x{layout.in_features}, but the "
             f"model builds it as {dense.out_features}x{dense.in_features}. config.json was edited, "
             "or belongs to another checkpoint."
@@ -161,13 +161,13 @@ def _swap(model: nn.Module, name: str, layout: ModuleLayout, dtype: torch.dtype 
     setattr(model.get_submodule(parent_name), child, factored)
 
 
-def _check_files(layout: Layout, files: list[str]) -> None:
+def _check_files(layout: Schema, files: list[str]) -> None:
     """Refuse a checkpoint that lacks a factor: transformers would fill it with random numbers."""
     if not files:
         return
     shapes = stored_shapes(files)
     if not any(key.startswith(tuple(f"{name}." for name in layout.modules)) for key in shapes):
-        raise LayoutError(
+        raise SchemaError(
             f"none of the {len(layout.modules)} modules that config.json calls factored has a "
             f"tensor in {files[0]}. The weights and config.json are not of one checkpoint."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cur_modifier.layout import QUANT_METHOD
+from cur_modifier.forms.schema import QUANT_METHOD
 
 __all__ = ["register"]
 

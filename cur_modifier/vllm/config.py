@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from cur_modifier.layout import QUANT_METHOD, Layout, LayoutError, ModuleLayout, stored_shapes
+from cur_modifier.forms.schema import QUANT_METHOD, ModuleSpec, Schema, SchemaError, stored_shapes
 
 __all__ = ["KEEP_FACTORS", "CURQuantizationConfig"]
 
@@ -34,7 +34,7 @@ class CURQuantizationConfig(QuantizationConfig):
         inner: how the factors and the other layers are quantized; None where nothing is.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Schema) -> None:
         self.inner: QuantizationConfig | None = None
         if layout.compressed_tensors:
             self.inner = get_quantization_config("compressed-tensors").from_config(
@@ -51,9 +51,9 @@ class CURQuantizationConfig(QuantizationConfig):
         """Read the section of ``config.json``.
 
         Raises:
-            LayoutError: an unknown schema version, or a variant that this version does not serve.
+            SchemaError: an unknown schema version, or a variant that this version does not serve.
         """
-        layout = Layout.read(config)
+        layout = Schema.read(config)
         layout.check_supported()
         return cls(layout)
 
@@ -120,12 +120,12 @@ class CURQuantizationConfig(QuantizationConfig):
         """Every factored module has been given to a Linear.
 
         Raises:
-            LayoutError: one that the model class has no Linear for; its tensors could be skipped
+            SchemaError: one that the model class has no Linear for; its tensors could be skipped
                 without a word.
         """
         missing = sorted(set(self.modules) - self._claimed)
         if missing and not self._pipeline:  # there each rank builds some of the layers
-            raise LayoutError(
+            raise SchemaError(
                 f"config.json says that {missing[0]} is factored"
                 f"{f' (and {len(missing) - 1} more)' if missing[1:] else ''}, but the model that "
                 "vLLM built has no Linear of that name. Is it an expert of a mixture, or a part "
@@ -137,7 +137,7 @@ class CURQuantizationConfig(QuantizationConfig):
         vLLM's own.
 
         Raises:
-            LayoutError: factored modules inside a layer that is no Linear, or a skeleton that is
+            SchemaError: factored modules inside a layer that is no Linear, or a skeleton that is
                 shared with a module outside it.
             ValueError: a setting of ours in ``--additional-config`` that is neither true nor false.
         """
@@ -160,7 +160,7 @@ class CURQuantizationConfig(QuantizationConfig):
                 kept = _keeps_factors(current.additional_config)
                 return FactoredLinearMethod(parts, self, keep_factors=kept)
         elif prefix and (inside := [m for m in self.modules if m.startswith(f"{prefix}.")]):
-            raise LayoutError(
+            raise SchemaError(
                 f"{inside[0]} is factored, but vLLM runs it inside {prefix} as one "
                 f"{type(layer).__name__}, which this plugin does not serve. Compress the model "
                 f"again with 're:.*{prefix.rpartition('.')[2]}.*' in the stage's ignore."
@@ -174,7 +174,7 @@ class CURQuantizationConfig(QuantizationConfig):
         for name in names:
             leader = name in self.modules and self.modules[name].shared_skeleton
             if leader and leader not in names:
-                raise LayoutError(
+                raise SchemaError(
                     f"{name} uses the skeleton of {leader}, which vLLM does not run in the same "
                     f"Linear ({prefix}). This plugin serves skeletons that are shared within q/k/v "
                     "or within gate/up, where vLLM fuses them. Compress the model again with a "
@@ -201,13 +201,13 @@ class CURQuantizationConfig(QuantizationConfig):
         for name, module in self.modules.items():
             if name.endswith((".q_proj", ".k_proj", ".v_proj", ".qkv_proj")):
                 if heads % size and size % heads:
-                    raise LayoutError(
+                    raise SchemaError(
                         f"{name}: {heads} key/value heads can be neither split over nor repeated "
                         f"on {size} ranks. Use a --tensor-parallel-size that divides {heads}, or "
                         "that it divides."
                     )
             elif (dimension := _split_dimension(module, width)) and dimension % size:
-                raise LayoutError(
+                raise SchemaError(
                     f"{name}: {dimension} does not divide by {size} ranks. Use a "
                     f"--tensor-parallel-size that divides {dimension}."
                 )
@@ -223,7 +223,7 @@ def _keeps_factors(settings: Any) -> bool:
     return kept
 
 
-def _split_dimension(module: ModuleLayout, width: int) -> int | None:
+def _split_dimension(module: ModuleSpec, width: int) -> int | None:
     """What tensor parallelism splits, as far as the shape alone tells."""
     if module.in_features == width < module.out_features:  # a router's few outputs are not split
         return module.out_features

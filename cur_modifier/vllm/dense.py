@@ -16,7 +16,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from cur_modifier.layout import LayoutError
+from cur_modifier.forms.schema import SchemaError
 from cur_modifier.vllm.parts import (
     CHEAP_BYTES,
     Part,
@@ -121,7 +121,7 @@ class DenseWeight:
     ) -> None:
         """Keep a tensor; with the last one of those that share a skeleton, load their weights."""
         if tuple(tensor.shape) != shape:
-            raise LayoutError(
+            raise SchemaError(
                 f"{part.name}.{key} has shape {tuple(tensor.shape)}, which does not fit "
                 f"config.json (expected {shape}). {DAMAGED}"
             )

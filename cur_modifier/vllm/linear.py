@@ -29,7 +29,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
 )
 
-from cur_modifier.layout import LayoutError, ModuleLayout
+from cur_modifier.forms.schema import ModuleSpec, SchemaError
 from cur_modifier.vllm.dense import DenseWeight, are_plain, save_too_little
 from cur_modifier.vllm.order import in_order, pairs_of, runs_of, side_by_side
 from cur_modifier.vllm.parts import Part, make_stages
@@ -52,7 +52,7 @@ class FactoredLinearMethod(LinearMethodBase):
 
     def __init__(
         self,
-        layouts: Mapping[str, ModuleLayout | None],
+        layouts: Mapping[str, ModuleSpec | None],
         config: CURQuantizationConfig,
         *,
         keep_factors: bool = False,
@@ -75,14 +75,14 @@ class FactoredLinearMethod(LinearMethodBase):
         """Make a Linear for every factor and every dense part, and the slots that load them.
 
         Raises:
-            LayoutError: a shape that disagrees with the model's, or a Linear that vLLM splits in a
+            SchemaError: a shape that disagrees with the model's, or a Linear that vLLM splits in a
                 way this plugin does not know.
             ValueError: a factor that vLLM has no kernel for at this size.
         """
         parts = split(layer, self.layouts, input_size)
         widths = [part.width for part in parts]
         if sum(widths) != sum(output_partition_sizes):
-            raise LayoutError(
+            raise SchemaError(
                 f"{parts[0].name}: vLLM gives this rank {sum(output_partition_sizes)} outputs of a "
                 f"{type(layer).__name__}, and this plugin expected {sum(widths)}. It does not know "
                 "how that layer is split. Upgrade it: pip install -U cur-modifier"
@@ -120,7 +120,7 @@ class FactoredLinearMethod(LinearMethodBase):
         vLLM calls this before it prepares the kernels of the Linears below.
 
         Raises:
-            LayoutError: a tensor that never came, or a factored module that no Linear stands for.
+            SchemaError: a tensor that never came, or a factored module that no Linear stands for.
         """
         self.config.check_claimed()
         self.slots.close()
@@ -158,7 +158,7 @@ class FactoredLinearMethod(LinearMethodBase):
         return torch.cat([orders[part] for part in self.parts])
 
 
-def split(layer: Any, layouts: Mapping[str, ModuleLayout | None], in_features: int) -> list[Part]:
+def split(layer: Any, layouts: Mapping[str, ModuleSpec | None], in_features: int) -> list[Part]:
     """How ``layer`` divides into parts, and its outputs over the ranks."""
     rank, size = layer.tp_rank, layer.tp_size
     ids: tuple[str | int, ...]
@@ -195,14 +195,14 @@ def split(layer: Any, layouts: Mapping[str, ModuleLayout | None], in_features: i
             )
         ]
     else:
-        raise LayoutError(
+        raise SchemaError(
             f"{', '.join(layouts)} run as one {type(layer).__name__} with {len(outs)} parts; this "
             "plugin cannot tell which is which. Compress the model again without them."
         )
     for part in parts:
         wanted = (part.out_features, part.in_features)
         if part.layout and (part.layout.out_features, part.layout.in_features) != wanted:
-            raise LayoutError(
+            raise SchemaError(
                 f"config.json says that {part.name} is "
                 f"{part.layout.out_features}x{part.layout.in_features}, but the model that it "
                 f"describes builds it as {wanted[0]}x{wanted[1]}. config.json was edited, or "

@@ -27,7 +27,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.utils import replace_parameter
 
-from cur_modifier.layout import LayoutError, ModuleLayout
+from cur_modifier.forms.schema import ModuleSpec, SchemaError
 from cur_modifier.vllm.slots import DAMAGED, Slots
 
 __all__ = [
@@ -60,7 +60,7 @@ class Part:
 
     name: str
     shard_id: str | int | None
-    layout: ModuleLayout | None
+    layout: ModuleSpec | None
     in_features: int
     out_features: int
     outputs: tuple[tuple[int, int], ...]
@@ -272,7 +272,7 @@ def check_order(part: Part, order: torch.Tensor) -> torch.Tensor:
     """The order ``(m,)`` of a row ID's outputs, on the CPU.
 
     Raises:
-        LayoutError: it names entries of ``[z; T z]`` that there are not, or one twice, or not every
+        SchemaError: it names entries of ``[z; T z]`` that there are not, or one twice, or not every
             row of T.
     """
     assert part.layout is not None
@@ -290,7 +290,7 @@ def check_order(part: Part, order: torch.Tensor) -> torch.Tensor:
         what = f"a permutation of the {m} outputs"
         if rows != m - rank:
             what = f"each of the {rows} rows of id_t and {m - rows} of the {rank} of id_s"
-        raise LayoutError(f"{part.name}.order is not {what}. {DAMAGED}")
+        raise SchemaError(f"{part.name}.order is not {what}. {DAMAGED}")
     return order
 
 
@@ -330,7 +330,7 @@ class Interpolation:
         """Take ``order (m,)`` of the part, and load what waited for it.
 
         Raises:
-            LayoutError: as :func:`check_order`.
+            SchemaError: as :func:`check_order`.
         """
         order = check_order(self.part, order)
         self._mine = torch.cat([order[start:stop] for start, stop in self.part.outputs])
@@ -363,14 +363,14 @@ class Interpolation:
 
     def _check_zero_points(self, param: Any) -> None:
         if not self._whole:
-            raise LayoutError(
+            raise SchemaError(
                 f"{self.part.name}.id_t has zero points, which are packed over the outputs and "
                 "can't be split over ranks. Serve it with --tensor-parallel-size 1, or quantize "
                 "symmetrically."
             )
         stacked = isinstance(self.linear, MergedColumnParallelLinear)
         if stacked and self.room % param.packed_factor:
-            raise LayoutError(
+            raise SchemaError(
                 f"{self.part.name}.id_t has {self.room} rows, whose zero points are packed by "
                 f"{param.packed_factor}: they can't be stacked with those of the other modules "
                 "that share the skeleton. Quantize symmetrically."

@@ -11,7 +11,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from cur_modifier.layout import LayoutError
+from cur_modifier.forms.schema import SchemaError
 
 if TYPE_CHECKING:
     from cur_modifier.vllm.parts import Part
@@ -73,7 +73,7 @@ class Slots:
         def load(tensor: torch.Tensor) -> None:
             bias = self.layer.bias
             if bias is None:
-                raise LayoutError(
+                raise SchemaError(
                     f"config.json says that {part.name} has a bias, and vLLM's model has none "
                     "there. config.json was edited, or belongs to another checkpoint."
                 )
@@ -86,7 +86,7 @@ class Slots:
     ) -> None:
         if shard_id not in self.loaders[key]:
             known = ", ".join(name for name, _ in self.loaders[key].values())
-            raise LayoutError(
+            raise SchemaError(
                 f"the checkpoint has a '{key}' for shard {shard_id!r} of {self.layer.prefix}; "
                 f"config.json gives one to {known} only. {DAMAGED}"
             )
@@ -98,16 +98,16 @@ class Slots:
         """Remove the slots.
 
         Raises:
-            LayoutError: a tensor that never came; it would be served as noise.
+            SchemaError: a tensor that never came; it would be served as noise.
         """
         if self.missing:
             if len(self.missing) == sum(len(loaders) for loaders in self.loaders.values()):
-                raise LayoutError(
+                raise SchemaError(
                     f"no tensor of {self.layer.prefix} was loaded. The checkpoint is incomplete, "
                     "or vLLM did not read it: the plugin can't serve factors that --load-format "
                     "dummy makes up."
                 )
-            raise LayoutError(
+            raise SchemaError(
                 f"{sorted(self.missing)[0]} is missing from the checkpoint"
                 f"{f' (and {len(self.missing) - 1} more)' if len(self.missing) > 1 else ''}. "
                 "Download or save it again."
@@ -137,10 +137,10 @@ def _load(
     linear.update_param_tp_status()
     try:
         loader(param, tensor)
-    except LayoutError:
+    except SchemaError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise LayoutError(
+        raise SchemaError(
             f"{part.name}.{key} has shape {tuple(tensor.shape)}, which does not fit config.json "
             f"({error}). {DAMAGED}"
         ) from error
@@ -152,4 +152,4 @@ def check_finite(part: Part, key: str, tensor: torch.Tensor) -> None:
         return
     # A sum that is finite says so fifty times faster.
     if not (bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())):
-        raise LayoutError(f"{part.name}.{key} holds numbers that are not finite. {DAMAGED}")
+        raise SchemaError(f"{part.name}.{key} holds numbers that are not finite. {DAMAGED}")

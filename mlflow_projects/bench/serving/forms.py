@@ -86,7 +86,7 @@ def make_checkpoint(sizes: dict[str, Any], variant: Variant, directory: Path) ->
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cur_modifier.checkpoint import wrap_save_pretrained
+    from cur_modifier.checkpoint.save import wrap_save_pretrained
 
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, max_position_embeddings=2048)

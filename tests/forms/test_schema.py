@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cur_modifier.factored import FACTORED_CLASSES, shared_skeleton
-from cur_modifier.layout import Layout, LayoutError, ModuleLayout, Producer, checksum
+from cur_modifier.forms.schema import ModuleSpec, Producer, Schema, SchemaError, checksum
 
 MODULE = {"form": "cur", "rank": 4, "in_features": 8, "out_features": 6, "bias": False}
 
@@ -29,42 +29,36 @@ def section(**changes: Any) -> dict[str, Any]:
     m=st.integers(2, 40),
     n=st.integers(1, 40),
     bias=st.booleans(),
-    axis=st.sampled_from(["row", "column"]),
-    order=st.sampled_from(["stored", "absorbed"]),
     direct=st.sampled_from([None, 0, 1]),
     shared=st.sampled_from([None, "layers.0.q_proj"]),
 )
-def test_written_layouts_are_read_back(
+def test_what_is_written_is_read_back(
     form: Any,
     m: int,
     n: int,
     bias: bool,
-    axis: Any,
-    order: Any,
     direct: int | None,
     shared: str | None,
 ) -> None:
-    module = ModuleLayout(
+    module = ModuleSpec(
         form=form,
         rank=min(m - 1, n),
         in_features=n,
         out_features=m,
         bias=bias,
-        axis=axis,
-        order=order,
         direct_outputs=direct,
         shared_skeleton=shared,
     )
-    layout = Layout(
+    layout = Schema(
         producer=Producer(name="test"), modules={"a": module}, compressed_tensors={"format": "x"}
     )
-    assert Layout.read(json.loads(json.dumps(layout.write()))) == layout
+    assert Schema.read(json.loads(json.dumps(layout.write()))) == layout
 
 
 @pytest.mark.parametrize("form", ["cur", "id"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_shapes_are_those_of_the_modules(form: Any, bias: bool) -> None:
-    layout = ModuleLayout(form=form, rank=3, in_features=8, out_features=6, bias=bias)
+    layout = ModuleSpec(form=form, rank=3, in_features=8, out_features=6, bias=bias)
     module = FACTORED_CLASSES[form](8, 6, 3, bias=bias)
     assert {k: tuple(f.weight.shape) for k, f in module.factors.items()} == layout.factor_shapes
 
@@ -73,7 +67,7 @@ def test_shapes_are_those_of_modules_that_share() -> None:
     direct = [3, 1, 0]
     modules = shared_skeleton(8, [3, 6, 2], 4, direct)
     for k, module in enumerate(modules):
-        layout = ModuleLayout(
+        layout = ModuleSpec(
             form="id",
             rank=4,
             in_features=8,
@@ -91,7 +85,10 @@ def test_shapes_are_those_of_modules_that_share() -> None:
         (section(version=2), r"schema version 2;.*reads version 1.*Upgrade"),
         (section(version=None), "schema version None"),
         (section(surprise=1), "surprise"),
-        (section(modules={"a": MODULE | {"form": "svd"}}), "modules.a.form"),
+        (
+            section(modules={"a": MODULE | {"form": "svd"}}),
+            r"'svd' needs a newer .* cur, id",
+        ),
         (section(modules={"a": MODULE | {"rank": 7}}), r"rank 7 is above min.* = 6"),
         (section(modules={"a": MODULE | {"rank": 0}}), "modules.a.rank"),
         (section(modules={"a": SHARING | {"rank": 9}}), r"rank 9 is above in_features = 8"),
@@ -102,8 +99,8 @@ def test_shapes_are_those_of_modules_that_share() -> None:
     ],
 )
 def test_what_cannot_be_read_is_named(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(LayoutError, match=message):
-        Layout.read(changed)
+    with pytest.raises(SchemaError, match=message):
+        Schema.read(changed)
 
 
 @pytest.mark.parametrize(
@@ -116,11 +113,18 @@ def test_what_cannot_be_read_is_named(changed: dict[str, Any], message: str) -> 
     ],
 )
 def test_variants_of_later_versions_say_so(variant: dict[str, Any]) -> None:
-    with pytest.raises(LayoutError, match=r"needs a newer cur-modifier.*pip install -U"):
-        _ = ModuleLayout.model_validate(MODULE | {"form": "id"} | variant).factor_shapes
+    with pytest.raises(SchemaError, match=r"needs a newer cur-modifier.*pip install -U"):
+        Schema.read(section(modules={"a": MODULE | {"form": "id"} | variant})).check_supported()
 
 
-def sharing(**changes: dict[str, Any]) -> Layout:
+@pytest.mark.parametrize("axis", [None, "row"])
+@pytest.mark.parametrize("order", [None, "stored"])
+def test_variants_that_nothing_wrote_otherwise_are_passed_over(axis: Any, order: Any) -> None:
+    read = Schema.read(section(modules={"a": MODULE | {"axis": axis, "order": order}}))
+    assert read == Schema.read(section(modules={"a": MODULE}))
+
+
+def sharing(**changes: dict[str, Any]) -> Schema:
     """q, k and v with one skeleton of rank 7, q's; and o, which shares nothing."""
     modules: dict[str, Any] = {
         "a.q_proj": SHARING | {"direct_outputs": 6},
@@ -130,13 +134,13 @@ def sharing(**changes: dict[str, Any]) -> Layout:
     }
     for name, change in changes.items():
         modules[f"a.{name}_proj"] = modules[f"a.{name}_proj"] | change
-    return Layout.read(section(modules=modules))
+    return Schema.read(section(modules=modules))
 
 
 def test_modules_that_share_a_skeleton() -> None:
     layout = sharing()
     layout.check_supported()
-    assert Layout.read(layout.write()) == layout
+    assert Schema.read(layout.write()) == layout
     shapes = {
         f"a.o_proj.{key}": shape for key, shape in layout.modules["a.o_proj"].tensor_shapes.items()
     }
@@ -150,7 +154,7 @@ def test_modules_that_share_a_skeleton() -> None:
     }
     layout.check_tensors(shapes)
     for key in shapes:
-        with pytest.raises(LayoutError, match=f"{key} is missing"):
+        with pytest.raises(SchemaError, match=f"{key} is missing"):
             layout.check_tensors({k: s for k, s in shapes.items() if k != key})
 
 
@@ -186,7 +190,7 @@ def test_modules_that_share_a_skeleton() -> None:
     ],
 )
 def test_skeletons_that_cannot_be_shared_name_both(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(SchemaError, match=message):
         sharing(**changes).check_supported()
 
 
@@ -198,17 +202,17 @@ def test_layout_needs_pydantic_alone() -> None:
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
         "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)\n"
     )
-    import cur_modifier.layout
+    import cur_modifier.forms.schema
 
-    subprocess.run([sys.executable, "-c", code, cur_modifier.layout.__file__], check=True)
+    subprocess.run([sys.executable, "-c", code, cur_modifier.forms.schema.__file__], check=True)
 
 
-def _layout(**files: str) -> Layout:
+def _layout(**files: str) -> Schema:
     modules = {
-        "a.q_proj": ModuleLayout(form="cur", rank=4, in_features=8, out_features=6, bias=True),
-        "a.o_proj": ModuleLayout(form="id", rank=4, in_features=8, out_features=6),
+        "a.q_proj": ModuleSpec(form="cur", rank=4, in_features=8, out_features=6, bias=True),
+        "a.o_proj": ModuleSpec(form="id", rank=4, in_features=8, out_features=6),
     }
-    return Layout(modules=modules, files=files)
+    return Schema(modules=modules, files=files)
 
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -232,7 +236,7 @@ def test_tensors_of_a_checkpoint_are_compared() -> None:
 @pytest.mark.parametrize("key", [key for key in SHAPES if "norm" not in key])
 def test_a_missing_tensor_is_named(key: str) -> None:
     rest = {name: shape for name, shape in SHAPES.items() if name != key}
-    with pytest.raises(LayoutError, match=f"{key.removesuffix('_packed')} is missing"):
+    with pytest.raises(SchemaError, match=f"{key.removesuffix('_packed')} is missing"):
         _layout().check_tensors(rest)
 
 
@@ -240,7 +244,7 @@ def test_a_missing_tensor_is_named(key: str) -> None:
 def test_a_tensor_of_another_shape_is_named(key: str) -> None:
     changed = SHAPES | {key: (SHAPES[key][0] + 1, *SHAPES[key][1:])}
     with pytest.raises(
-        LayoutError, match=rf"{key.removesuffix('_packed')} has shape .* rank 4, so"
+        SchemaError, match=rf"{key.removesuffix('_packed')} has shape .* rank 4, so"
     ):
         _layout().check_tensors(changed)
 
@@ -251,9 +255,9 @@ def test_files_are_compared_with_their_checksums(tmp_path: Path) -> None:
     layout = _layout(**{"model.safetensors": checksum(weights)})
     layout.check_files(tmp_path)
     weights.write_bytes(b"weighty")
-    with pytest.raises(LayoutError, match=r"model.safetensors is not the file that was saved.*or"):
+    with pytest.raises(SchemaError, match=r"model.safetensors is not the file that was saved.*or"):
         layout.check_files(tmp_path)
     weights.unlink()
-    with pytest.raises(LayoutError, match=r"model.safetensors is missing"):
+    with pytest.raises(SchemaError, match=r"model.safetensors is missing"):
         layout.check_files(tmp_path)
     _layout().check_files(tmp_path)  # written before there were checksums

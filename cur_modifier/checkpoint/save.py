@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from cur_modifier.factored import FactoredLinear, InterpolativeLinear
-from cur_modifier.layout import QUANT_METHOD, Layout, ModuleLayout, Producer, checksum
+from cur_modifier.forms.schema import QUANT_METHOD, ModuleSpec, Producer, Schema, checksum
 
-__all__ = ["annotate", "layout_of", "wrap_save_pretrained"]
+__all__ = ["annotate", "schema_of", "wrap_save_pretrained"]
 
 TRIPWIRE = "this-checkpoint-needs-import-cur_modifier-or-trust_remote_code.safetensors"
 REMOTE_MODULE = "modeling_cur"
@@ -52,7 +52,7 @@ class {name}(_Base):
 '''
 
 
-def layout_of(model: nn.Module) -> Layout:
+def schema_of(model: nn.Module) -> Schema:
     """The layout of the factored modules in ``model``.
 
     Raises:
@@ -81,7 +81,7 @@ def layout_of(model: nn.Module) -> Layout:
                 shared["shared_skeleton"] = names[leader]
             if leader is not None or module in leaders or module.direct_outputs != module.rank:
                 shared["direct_outputs"] = module.direct_outputs
-        modules[name] = ModuleLayout(
+        modules[name] = ModuleSpec(
             form=module.form,
             rank=module.rank,
             in_features=module.in_features,
@@ -89,10 +89,10 @@ def layout_of(model: nn.Module) -> Layout:
             bias=module.effective_bias() is not None,
             **shared,
         )
-    return Layout(producer=_producer(), modules=modules)
+    return Schema(producer=_producer(), modules=modules)
 
 
-def annotate(directory: Path, layout: Layout, model_class: type) -> None:
+def annotate(directory: Path, layout: Schema, model_class: type) -> None:
     """Describe the factors in ``directory/config.json`` and ship the code that reads them.
 
     A compressed-tensors section moves inside ours, untouched.
@@ -143,7 +143,7 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
                 "push_to_hub=True would upload the files before they are complete. Save to a "
                 "directory, then run `hf upload <repository> <directory>`."
             )
-        layout = layout_of(model)
+        layout = schema_of(model)
         if not by_compressor:
             _pack(model)
         target = Path(save_directory).resolve()

@@ -1,0 +1,1 @@
+"""Saving factored checkpoints."""
