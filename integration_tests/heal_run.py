@@ -16,7 +16,7 @@ from support import NO_PROCESSOR
 from transformers import AutoModelForCausalLM
 
 import cur_modifier  # noqa: F401 - registers the stages
-from cur_modifier.factored import FactoredLinear
+from cur_modifier.forms.base import FactoredLinear
 
 
 def main(checkpoint: str, recipe: str, output: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from support import W4A16, Compress
 
-from cur_modifier.modifiers.layers import survey as real_survey
+from cur_modifier.passes.survey import survey as real_survey
 
 ALL = {"layers": {"select": "all"}}
 GROUP_128 = {
@@ -30,7 +30,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append("survey")
         return real_survey(*args, **kwargs)
 
-    monkeypatch.setattr("cur_modifier.modifiers.cur.survey", watching)
+    monkeypatch.setattr("cur_modifier.modifiers.cur.plan.survey", watching)
     return ran
 
 

@@ -13,7 +13,9 @@ from small_disk import small_disk
 from support import W4A16, Compress
 from torch import nn
 
-from cur_modifier.factored import CURLinear, FactoredLinear, InterpolativeLinear
+from cur_modifier.forms.base import FactoredLinear
+from cur_modifier.forms.cur import CURLinear
+from cur_modifier.forms.row_id import RowIDLinear
 
 SEVEN = {
     "targets": ["re:.*(q|k|v|o|gate|up|down)_proj$"],
@@ -189,4 +191,4 @@ def test_the_anchored_stage_works_where_layers_are_left_dense(
 ) -> None:
     compress(tiny, SEVEN | {"rank": {"ratio": 0.8}, "layers": {"select": [2, 7]}, "anchor": 0.5})
     assert {n.split(".")[2] for n in factored(tiny)} == {"2", "7"}
-    assert all(isinstance(m, InterpolativeLinear) for m in factored(tiny).values())
+    assert all(isinstance(m, RowIDLinear) for m in factored(tiny).values())

@@ -21,8 +21,8 @@ from support import REPOSITORY, ROUND_TO_NEAREST, W4A16, Compress, recipe_text
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cur_modifier.factored import FactoredLinear
-from cur_modifier.modifiers.training import Checkpoint
+from cur_modifier.forms.base import FactoredLinear
+from cur_modifier.training.state import TrainingState
 
 IDS = torch.arange(40, 72)[None]
 # Weights, not activations, guide this fit: it leaves something to heal even in a random model.
@@ -231,7 +231,7 @@ class Runs:
 
     def __init__(self, folder: Path, checkpoint: Path) -> None:
         self._folder, self._checkpoint = folder, checkpoint
-        self.state = folder / "state" / Checkpoint.NAME
+        self.state = folder / "state" / TrainingState.NAME
 
     def start(self, name: str, cur: dict[str, Any], **settings: Any) -> subprocess.Popen[bytes]:
         recipe = self._folder / f"{name}.yaml"

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from support import W4A16, Compress
 
-from cur_modifier.factored import CURLinear
+from cur_modifier.forms.cur import CURLinear
 
 CUR = {"rank": {"fixed": 32}, "layers": {"select": "angular", "count": 3}, "mlflow": True}
 

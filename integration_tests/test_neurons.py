@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from support import Compress
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cur_modifier.factored import CURLinear, FactoredLinear, InterpolativeLinear
-from cur_modifier.modifiers import neurons
-from cur_modifier.modifiers.layers import decoder_layers
-from cur_modifier.modifiers.neurons import Neurons, find_neurons, put_in_order
-from cur_modifier.modifiers.plan import find_candidates
+from cur_modifier.forms.base import FactoredLinear
+from cur_modifier.forms.cur import CURLinear
+from cur_modifier.forms.row_id import RowIDLinear
+from cur_modifier.modifiers.cur.candidates import find_candidates
+from cur_modifier.passes.context import trial
+from cur_modifier.structure.layers import decoder_layers
+from cur_modifier.structure.neurons import Neurons, find_neurons, put_in_order
 
 ALL = "re:.*(q|k|v|o|gate|up|down|gate_up)_proj$"
 MLP = "re:.*mlp.*_proj$"
@@ -33,7 +36,14 @@ def answer(model: Any, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
 def found_in(model: nn.Module, *targets: str) -> list[Neurons]:
     layers = decoder_layers(model)
     candidates = find_candidates(model, layers, range(len(layers)), targets or [".*_proj$"], [])
-    return find_neurons(model, layers, candidates)
+    held = [layers[index][0] for index in sorted({c.layer for c in candidates})]
+    with trial(model) as run:
+        return find_neurons(model, held, {c.name for c in candidates}, run)
+
+
+def ordered(model: nn.Module, found: list[Neurons]) -> int:
+    with trial(model) as run:
+        return put_in_order(model, found, run)
 
 
 def is_straight(order: torch.Tensor) -> bool:
@@ -109,18 +119,18 @@ def test_served_order_is_free_and_nothing_changes(
 ) -> None:
     seen: list[torch.Tensor] = []
 
-    def watched(model: Any, found: list[Neurons]) -> int:
+    def watched(model: Any, found: list[Neurons], run: Callable[[], None]) -> int:
         seen.append(answer(model))
-        done = put_in_order(model, found)
+        done = put_in_order(model, found, run)
         seen.append(answer(model))
         assert done == len(found) == 2
         return done
 
-    monkeypatch.setattr("cur_modifier.modifiers.cur.put_in_order", watched)
+    monkeypatch.setattr("cur_modifier.modifiers.cur.modifier.put_in_order", watched)
     compress(tiny, ID | settings)
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
     for name, module in tiny.named_modules():
-        if isinstance(module, InterpolativeLinear):
+        if isinstance(module, RowIDLinear):
             produces = name.endswith(("gate_proj", "up_proj"))
             assert is_straight(module.order) == produces, name
 
@@ -145,16 +155,14 @@ def test_what_was_kept_to_learn_from_follows(tiny: Any, compress: Compress) -> N
         for container in containers:
             container._stand_in = []
 
-    original = neurons.put_in_order
-
-    def watched(model: Any, found: list[Neurons]) -> int:
+    def watched(model: Any, found: list[Neurons], run: Callable[[], None]) -> int:
         containers = [m for m in model.modules() if isinstance(m, FactoredLinear)]
-        done = original(model, found)
+        done = put_in_order(model, found, run)
         teach(model, containers)
         return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cur_modifier.modifiers.cur.put_in_order", watched)
+        patch.setattr("cur_modifier.modifiers.cur.modifier.put_in_order", watched)
         heal = {"steps": 2, "warmup_steps": 1, "batch_size": 2, "mlflow": False}
         compress(tiny, ID, {"CURHealModifier": heal})
     torch.testing.assert_close(seen[0], dense, rtol=1e-4, atol=1e-4)
@@ -207,16 +215,16 @@ def test_a_norm_that_learned_keeps_them_where_they_are(tiny: Any) -> None:
     layer.mlp = Normed(layer.mlp)
     [found] = [n for n in found_in(tiny, ALL) if n.layer.endswith(".3")]
     gate = layer.mlp.mlp.gate_proj
-    factored = InterpolativeLinear(gate.in_features, gate.out_features, 8, device="cpu")
+    factored = RowIDLinear(gate.in_features, gate.out_features, 8, device="cpu")
     factored.order.copy_(torch.randperm(gate.out_features))
     with torch.no_grad():
         for parameter in factored.parameters():
             parameter.normal_(std=0.1)
         layer.mlp.norm.weight.uniform_(0.5, 2)
     layer.mlp.mlp.gate_proj = factored
-    assert put_in_order(tiny, [found]) == 0
+    assert ordered(tiny, [found]) == 0
     nn.init.ones_(layer.mlp.norm.weight)
     before = answer(tiny)
-    assert put_in_order(tiny, [found]) == 1
+    assert ordered(tiny, [found]) == 1
     torch.testing.assert_close(answer(tiny), before, rtol=1e-4, atol=1e-4)
-    assert put_in_order(tiny, [found]) == 0  # nothing is left to do
+    assert ordered(tiny, [found]) == 0  # nothing is left to do

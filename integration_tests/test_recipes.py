@@ -16,7 +16,7 @@ from safetensors import safe_open
 from support import NO_PROCESSOR, REPOSITORY, W8A8, Compress, load_script, recipe_text, refusal
 from transformers import AutoModelForCausalLM
 
-from cur_modifier.factored import FactoredLinear
+from cur_modifier.forms.base import FactoredLinear
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from support import CUR, ID, SPARSE_2_4, W4A16, recipe_text
 from transformers import AutoModelForCausalLM
 
-from cur_modifier.factored import FactoredLinear
+from cur_modifier.forms.base import FactoredLinear
 from cur_modifier.forms.schema import Schema, SchemaError
 from cur_modifier.modifiers.report import parameter_bytes
 

@@ -14,7 +14,7 @@ from small_disk import small_disk
 from support import Compress
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cur_modifier import checkpoint
+from cur_modifier.checkpoint import save
 from cur_modifier.forms.schema import SchemaError
 
 CUR = {"rank": {"fixed": 32}, "layers": {"select": [5]}}
@@ -32,7 +32,7 @@ def test_interrupted_save_leaves_nothing(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "annotate", interrupt)
+    monkeypatch.setattr(save, "annotate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         factored.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -48,7 +48,7 @@ def test_interrupted_save_keeps_the_earlier_one(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "annotate", fail)
+    monkeypatch.setattr(save, "annotate", fail)
     with pytest.raises(OSError, match="No space"):
         factored.save_pretrained(tmp_path / "out")
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before

@@ -13,13 +13,15 @@ from support import W4A16, Compress
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cur_modifier.factored import FactoredLinear, InterpolativeLinear
-from cur_modifier.linalg import Form, gram_norm, stored_parameters
-from cur_modifier.modifiers.layers import decoder_layers
-from cur_modifier.modifiers.plan import find_candidates
+from cur_modifier.forms.base import FactoredLinear
+from cur_modifier.forms.row_id import RowIDLinear
+from cur_modifier.forms.sizes import FORMS
+from cur_modifier.linalg import gram_norm
+from cur_modifier.modifiers.cur.candidates import find_candidates, joined
 from cur_modifier.modifiers.report import parameter_count
-from cur_modifier.modifiers.sensitivity import measure
-from cur_modifier.modifiers.sharing import joined
+from cur_modifier.passes.context import trial
+from cur_modifier.passes.sensitivity import measure
+from cur_modifier.structure.layers import decoder_layers
 
 SHARED = {
     "targets": ["re:.*(q|k|v|o|gate|up|down)_proj$"],
@@ -48,9 +50,9 @@ def answer(model: Any) -> torch.Tensor:
         return model(PROMPT).logits
 
 
-def groups(model: nn.Module) -> dict[str, list[InterpolativeLinear]]:
+def groups(model: nn.Module) -> dict[str, list[RowIDLinear]]:
     """The modules that share a skeleton, by the name of the one that holds it."""
-    factored = {n: m for n, m in model.named_modules() if isinstance(m, InterpolativeLinear)}
+    factored = {n: m for n, m in model.named_modules() if isinstance(m, RowIDLinear)}
     found = {n: [m] for n, m in factored.items() if m.leader is None}
     for module in factored.values():
         if module.leader is not None:
@@ -88,8 +90,8 @@ def test_modules_that_read_one_tensor_share(tiny: Any, compress: Compress) -> No
     for members in found.values():
         m, n, rank = sum(g.out_features for g in members), members[0].in_features, members[0].rank
         room = 0.6 * m * n
-        assert stored_parameters(Form.ID, m, n, rank) <= room
-        assert stored_parameters(Form.ID, m, n, rank + 32) > room
+        assert FORMS["id"].parameters(m, n, rank) <= room
+        assert FORMS["id"].parameters(m, n, rank + 32) > room
         assert sum(g.direct_outputs for g in members) == rank
         assert all(g.direct_outputs % 32 == 0 for g in members)
     assert 0.5 * before < projections(tiny, 2, 5) <= 0.6 * before + sum(map(len, biases.values()))
@@ -244,7 +246,9 @@ def names(model: nn.Module) -> list[list[str]]:
     layers = decoder_layers(model)
     candidates = find_candidates(model, layers, [0], ["Linear"], [])
     prefix = f"{layers[0][0]}."
-    return [[n.removeprefix(prefix) for n in c.members] for c in joined(model, layers, candidates)]
+    with trial(model) as run:
+        groups = joined(model, layers, candidates, run)
+    return [[n.removeprefix(prefix) for n in c.members] for c in groups]
 
 
 class Routed(nn.Module):

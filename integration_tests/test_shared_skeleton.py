@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cur_modifier.checkpoint.save import wrap_save_pretrained
-from cur_modifier.factored import InterpolativeLinear, load_shared, shared_skeleton
+from cur_modifier.forms.row_id import RowIDLinear, load_shared, shared_skeleton
 from cur_modifier.forms.schema import SchemaError
 from cur_modifier.linalg import interpolative, split_rows
 
@@ -32,7 +32,7 @@ GROUPS = {
 LAYERS = (2, 5)
 
 
-def share(model: Any) -> dict[str, InterpolativeLinear]:
+def share(model: Any) -> dict[str, RowIDLinear]:
     """Factor by hand: every group of projections gets one skeleton."""
     shared = {}
     for index in LAYERS:

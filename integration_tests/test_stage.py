@@ -10,7 +10,9 @@ from support import ROUND_TO_NEAREST, Compress
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cur_modifier.factored import CURLinear, FactoredLinear, InterpolativeLinear
+from cur_modifier.forms.base import FactoredLinear
+from cur_modifier.forms.cur import CURLinear
+from cur_modifier.forms.row_id import RowIDLinear
 from cur_modifier.linalg import Score, Selection
 
 ALL = {"layers": {"select": "all"}}
@@ -40,7 +42,7 @@ def test_every_selection(tiny: Any, compress: Compress, form: str, selection: st
         assert torch.equal(q_proj.cur_r.weight, weight[q_proj.rows.long()])
         assert torch.equal(q_proj.cur_c.weight, weight[:, q_proj.columns.long()])
     else:
-        assert isinstance(q_proj, InterpolativeLinear)
+        assert isinstance(q_proj, RowIDLinear)
         rows = torch.argsort(q_proj.order)[: q_proj.rank]
         assert torch.equal(q_proj.id_s.weight, weight[rows])
 
@@ -142,7 +144,7 @@ def test_two_stages_on_different_modules(tiny: Any, compress: Compress) -> None:
     second = {"targets": ["re:.*gate_proj$"], "form": "id", "rank": {"ratio": 0.7}, **ALL}
     compress(tiny, second, recipe_first={"CURModifier": first})
     kinds = {type(m).__name__ for m in factored_modules(tiny).values()}
-    assert kinds == {"CURLinear", "InterpolativeLinear"} and len(factored_modules(tiny)) == 26
+    assert kinds == {"CURLinear", "RowIDLinear"} and len(factored_modules(tiny)) == 26
 
 
 def test_rounding_stacks_too(tiny: Any, compress: Compress) -> None:

@@ -15,7 +15,7 @@ from llmcompressor.recipe import Recipe
 from support import NO_PROCESSOR, SPARSE_2_4, W4A16, Compress
 from transformers import AutoConfig
 
-from cur_modifier import checkpoint
+from cur_modifier.checkpoint import save
 from cur_modifier.checkpoint.save import TRIPWIRE
 from cur_modifier.modifiers import upstream
 
@@ -70,7 +70,7 @@ def test_a_recipe_of_two_stages_is_kept_whole(tiny: Any, tiny_data: Dataset) -> 
     }
     recipe = yaml.safe_dump(stages, sort_keys=False)
     oneshot(model=tiny, dataset=tiny_data, processor=NO_PROCESSOR, recipe=recipe)
-    files = checkpoint._numbered(tiny.save_pretrained._cur_files)
+    files = save._numbered(tiny.save_pretrained._cur_files)
     kept = yaml.safe_load(files["recipe_as_given.yaml"])
     [groups] = kept.values()
     assert [group["CURModifier"]["targets"] for group in groups.values()] == [

@@ -7,12 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur_modifier.factored import (
-    CURLinear,
-    FactoredLinear,
-    InterpolativeLinear,
-    answering_dense,
-)
+from cur_modifier.forms.base import FactoredLinear, answering_dense
+from cur_modifier.forms.cur import CURLinear
+from cur_modifier.forms.row_id import RowIDLinear
+from cur_modifier.forms.sizes import Shape
 from cur_modifier.linalg import cur, interpolative
 
 
@@ -23,7 +21,7 @@ def make(form: str, m: int, n: int, rank: int, bias: bool, dtype: torch.dtype) -
     if form == "cur":
         indices = torch.randperm(min(m, n), generator=generator)[:rank]
         return CURLinear.from_factors(cur(W, indices, indices), offset, dtype=dtype)
-    return InterpolativeLinear.from_factors(interpolative(W, rank), offset, dtype=dtype)
+    return RowIDLinear.from_factors(interpolative(W, rank), offset, dtype=dtype)
 
 
 @given(
@@ -61,7 +59,7 @@ def test_dtype_and_state_round_trip(form: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", ["cur", "id"])
 def test_meta_device_allocates_nothing(form: str) -> None:
-    cls = CURLinear if form == "cur" else InterpolativeLinear
+    cls = CURLinear if form == "cur" else RowIDLinear
     layer = cls(6, 8, 3, bias=True, device="meta")
     assert all(t.is_meta for t in layer.state_dict().values())
 
@@ -113,16 +111,16 @@ def test_containers_are_not_linears_and_factors_are() -> None:
         layer = make(form, 8, 6, 3, True, torch.float32)
         assert not isinstance(layer, torch.nn.Linear)
         assert all(isinstance(f, torch.nn.Linear) for f in layer.factors.values())
-        assert tuple(layer.factors) == layer.factor_names
+        assert list(layer.factors) == list(layer.sizes.factors(Shape(8, 6, 3)))
 
 
 def test_bad_ranks_are_named() -> None:
     with pytest.raises(ValueError, match=r"rank 7 is outside 1..6 for a 8x6"):
         CURLinear(6, 8, 7)
     with pytest.raises(ValueError, match=r"rank 0 is outside"):
-        InterpolativeLinear(6, 8, 0)
+        RowIDLinear(6, 8, 0)
     with pytest.raises(ValueError, match=r"leaves no output to interpolate.*Leave the layer dense"):
-        InterpolativeLinear(8, 6, 6)
+        RowIDLinear(8, 6, 6)
 
 
 def test_packed_factors_say_how_to_unpack_them() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cur_modifier.factored import InterpolativeLinear, load_shared, shared_skeleton
+from cur_modifier.forms.row_id import RowIDLinear, load_shared, shared_skeleton
 from cur_modifier.linalg import RowID, interpolative, split_rows
 
 SIZES = [8, 4, 4]
@@ -34,7 +34,7 @@ def make(
     bias: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> list[InterpolativeLinear]:
+) -> list[RowIDLinear]:
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(sum(sizes), n, generator=generator)
     parts = parts_of(W, sizes, rank)
@@ -54,7 +54,7 @@ def make(
 class Attention(nn.Module):
     """A module that hands one tensor to its projections, as models do."""
 
-    def __init__(self, layers: list[InterpolativeLinear]) -> None:
+    def __init__(self, layers: list[RowIDLinear]) -> None:
         super().__init__()
         self.q, self.k, self.v = layers
 
@@ -67,7 +67,7 @@ def attention() -> Attention:
     return Attention(make(SIZES, INPUTS, RANK, bias=True))
 
 
-def counted(layer: InterpolativeLinear) -> list[int]:
+def counted(layer: RowIDLinear) -> list[int]:
     """One entry for every time that the skeleton is applied."""
     calls: list[int] = []
     layer.id_s.register_forward_hook(lambda *_: calls.append(1))
@@ -368,19 +368,21 @@ def test_sizes_that_do_not_fit_are_named(arguments: Any, message: str) -> None:
 def test_leaders_that_cannot_lead_are_named() -> None:
     leader, follower = shared_skeleton(8, [6, 6], 4, [2, 2])
     with pytest.raises(ValueError, match=r"leader uses the skeleton of another layer"):
-        InterpolativeLinear(8, 6, 4, direct_outputs=1, leader=follower)
+        RowIDLinear(8, 6, 4, direct_outputs=1, leader=follower)
     with pytest.raises(ValueError, match=r"leader has 8 inputs and rank 4, this layer 8 and 3"):
-        InterpolativeLinear(8, 6, 3, direct_outputs=1, leader=leader)
+        RowIDLinear(8, 6, 3, direct_outputs=1, leader=leader)
 
 
 def test_factors_that_do_not_fit_are_named() -> None:
     layers = make(SIZES, INPUTS, RANK)
-    parts = parts_of(torch.randn(sum(SIZES), INPUTS), SIZES, RANK - 1)
+    W = torch.randn(sum(SIZES), INPUTS, generator=torch.Generator().manual_seed(0))
+    parts = parts_of(W, SIZES, RANK - 1)
+    assert parts[0].direct_outputs < parts[0].rank
     before = [p.clone() for layer in layers for p in layer.parameters()]
     with pytest.raises(ValueError, match=r"the factors have .* = \(8, 6, 4, .*the layer \(8, 6, 5"):
         load_shared(layers, parts)
     with pytest.raises(ValueError, match=r"the factors have .*shared_skeleton makes layers"):
-        InterpolativeLinear.from_factors(parts[0])
+        RowIDLinear.from_factors(parts[0])
     other = RowID(S=parts[1].S + 1, T=parts[1].T, order=parts[1].order)
     with pytest.raises(ValueError, match=r"different skeletons.*split_rows"):
         load_shared(layers, [parts[0], other, parts[2]])

@@ -14,7 +14,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,45 +24,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from cur_modifier.factored import FactoredLinear, InterpolativeLinear
+from cur_modifier.checkpoint.files import put_text
+from cur_modifier.checkpoint.remote_code import ship
+from cur_modifier.forms.base import factored_layers
 from cur_modifier.forms.schema import QUANT_METHOD, ModuleSpec, Producer, Schema, checksum
 
 __all__ = ["annotate", "schema_of", "wrap_save_pretrained"]
 
 TRIPWIRE = "this-checkpoint-needs-import-cur_modifier-or-trust_remote_code.safetensors"
-REMOTE_MODULE = "modeling_cur"
 # What transformers calls the weights of a model: an earlier save's are not to be mixed with ours.
-_STALE = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
-# Modules shipped with the checkpoint, under flat names, in place of an installed plugin.
-_SHIPPED = {
-    "cur_layout": "layout.py",
-    "cur_factored": "factored.py",
-    "cur_quantizer": "transformers/quantizer.py",
-}
-_MODELING = '''"""Loads this factored checkpoint where cur_modifier is not installed."""
-
-from {module} import {name} as _Base
-
-from .cur_quantizer import register
-
-register()
-
-
-class {name}(_Base):
-    """{name} whose factored layers are rebuilt by the quantizer registered above."""
-'''
+# Modules of ours that lie beside them are an earlier version's.
+_STALE = re.compile(
+    r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"|cur_(layout|factored|quantizer)\.py|modeling_cur\.py"
+)
 
 
 def schema_of(model: nn.Module) -> Schema:
-    """The layout of the factored modules in ``model``.
+    """The schema of the factored modules in ``model``.
 
     Raises:
-        ValueError: factors that are not fitted yet, as after an interrupted oneshot; or a shared
-            skeleton whose owner is not in the model any more.
+        ValueError: factors that are not fitted yet, as after an interrupted oneshot; or a module
+            that uses a factor of one that is not in the model any more.
     """
-    factored = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
+    factored = factored_layers(model)
     names = {module: name for name, module in factored.items()}
-    leaders = {m.leader for m in factored.values() if isinstance(m, InterpolativeLinear)}
     modules = {}
     for name, module in factored.items():
         if module.dense is not None:
@@ -69,30 +56,18 @@ def schema_of(model: nn.Module) -> Schema:
                 f"{name} has no fitted factors yet: the compression did not finish. Run oneshot to "
                 "its end before saving."
             )
-        shared: dict[str, Any] = {}
-        if isinstance(module, InterpolativeLinear):
-            leader = module.leader
-            if leader is not None and leader not in names:
-                raise ValueError(
-                    f"{name} uses the skeleton of a layer that was taken out of the model, so it "
-                    "can't be saved. Replace this one, too, e.g. by its to_dense()."
-                )
-            if leader is not None:
-                shared["shared_skeleton"] = names[leader]
-            if leader is not None or module in leaders or module.direct_outputs != module.rank:
-                shared["direct_outputs"] = module.direct_outputs
         modules[name] = ModuleSpec(
             form=module.form,
             rank=module.rank,
             in_features=module.in_features,
             out_features=module.out_features,
             bias=module.effective_bias() is not None,
-            **shared,
+            **module.variant(names),
         )
     return Schema(producer=_producer(), modules=modules)
 
 
-def annotate(directory: Path, layout: Schema, model_class: type) -> None:
+def annotate(directory: Path, schema: Schema, model_class: type) -> None:
     """Describe the factors in ``directory/config.json`` and ship the code that reads them.
 
     A compressed-tensors section moves inside ours, untouched.
@@ -106,15 +81,14 @@ def annotate(directory: Path, layout: Schema, model_class: type) -> None:
         else section
     )
     files = {file.name: checksum(file) for file in sorted(directory.glob("*.safetensors"))}
-    layout = layout.model_copy(update={"compressed_tensors": inner or None, "files": files})
-    config["quantization_config"] = layout.write()
+    schema = schema.model_copy(update={"compressed_tensors": inner or None, "files": files})
+    config["quantization_config"] = schema.write()
     config["transformers_weights"] = TRIPWIRE
-    if model_class.__module__.startswith("transformers.models."):
-        auto_class = "AutoModelForCausalLM"
-        config["auto_map"] = {auto_class: f"{REMOTE_MODULE}.{model_class.__name__}"}
-        for name, text in _remote_code(model_class).items():
-            (directory / f"{name}.py").write_text(text)
-    _write_json(path, config)
+    if _is_of_transformers(model_class):
+        forms = {module.form for module in schema.modules.values()}
+        reference = ship(directory, model_class, forms)
+        config["auto_map"] = {"AutoModelForCausalLM": reference}
+    put_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = None) -> None:
@@ -143,7 +117,7 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
                 "push_to_hub=True would upload the files before they are complete. Save to a "
                 "directory, then run `hf upload <repository> <directory>`."
             )
-        layout = schema_of(model)
+        schema = schema_of(model)
         if not by_compressor:
             _pack(model)
         target = Path(save_directory).resolve()
@@ -154,9 +128,10 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
         if source and partial.exists():
             shutil.rmtree(partial)
         try:
-            inner(str(partial), **kwargs)
+            with _without_own_code(model):
+                inner(str(partial), **kwargs)
             if source:
-                annotate(partial, layout, _plain_class(model))
+                annotate(partial, schema, _plain_class(model))
                 for name, text in _numbered(brought).items():
                     (partial / name).write_text(text)
         except BaseException:
@@ -226,6 +201,8 @@ def _replace_files(new: Path, target: Path) -> None:
     checksums, is there, every reader refuses the checkpoint."""
     names = {file.name for file in new.iterdir()}
     for name in sorted(names, key=lambda name: name == "config.json"):
+        if (target / name).is_dir():  # of code that an earlier save shipped
+            shutil.rmtree(target / name)
         os.replace(new / name, target / name)
     for entry in target.iterdir():
         if _STALE.fullmatch(entry.name) and entry.name not in names:
@@ -243,30 +220,35 @@ def _pack(model: nn.Module) -> None:
     ModelCompressor.from_pretrained_model(model).compress_model(model, skip_compressed=True)
 
 
-def _remote_code(model_class: type) -> dict[str, str]:
-    """Text of the shipped modules by name: our own sources, importing one another relatively."""
-    package = Path(__file__).parent
-    shipped = {}
-    for name, source in _SHIPPED.items():
-        text = (package / source).read_text()
-        text = re.sub(r"^if TYPE_CHECKING:\n(?:    .*\n|\n)+", "", text, flags=re.M)
-        for other in _SHIPPED:
-            text = text.replace(
-                f"from cur_modifier.{other.removeprefix('cur_')} ", f"from .{other} "
-            )
-        shipped[name] = text
-    shipped[REMOTE_MODULE] = _MODELING.format(
-        module=model_class.__module__, name=model_class.__name__
-    )
-    return shipped
+@contextmanager
+def _without_own_code(model: nn.Module) -> Iterator[None]:
+    """transformers copies the modules of a model that was loaded from remote code, beside the
+    weights. Those that read a factored model we ship ourselves."""
+    if not _is_of_transformers(_plain_class(model)):
+        yield  # nor is it ours to ship
+        return
+    instance = vars(model)
+    before = instance.get("_auto_class")
+    instance["_auto_class"] = None
+    try:
+        yield
+    finally:
+        if before is None:
+            del instance["_auto_class"]
+        else:
+            instance["_auto_class"] = before
 
 
 def _plain_class(model: nn.Module) -> type:
     """The class that transformers itself ships, below a remote-code subclass of the same name."""
     return next(
-        (c for c in type(model).__mro__ if c.__module__.startswith("transformers.models.")),
+        (c for c in type(model).__mro__ if _is_of_transformers(c)),
         type(model),
     )
+
+
+def _is_of_transformers(model_class: type) -> bool:
+    return model_class.__module__.startswith("transformers.models.")
 
 
 def _is_source() -> bool:
@@ -278,9 +260,3 @@ def _producer() -> Producer:
         return Producer(name="cur_modifier", version=version("cur-modifier"))
     except PackageNotFoundError:
         return Producer(name="cur_modifier")
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, path)

@@ -51,11 +51,13 @@ class Sizes:
     Attributes:
         module: name of the form's module in ``linalg``, ``forms`` and ``vllm/forms``.
         bias: name of the tensor that holds a module's bias.
+        rank_limit: what :meth:`largest_rank` is, in words.
         shares_skeletons: whether modules may share their first factor.
     """
 
     module: str
     bias: str
+    rank_limit = "min(out, in)"
     shares_skeletons = False
 
     def largest_rank(self, m: int, n: int) -> int:
@@ -67,15 +69,17 @@ class Sizes:
         they are applied."""
         raise NotImplementedError
 
-    def indices(self, spec: Sized) -> dict[str, tuple[int]]:
+    def indices(self, spec: Sized) -> dict[str, tuple[int, ...]]:
         """Shape of every index tensor by its name."""
         return {}
 
     def tensors(self, spec: Sized, *, bias: bool) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor below the module's name, as if none were quantized."""
-        weights = {f"{name}.weight": shape for name, shape in self.factors(spec).items()}
-        own = {self.bias: (spec.out_features,)} if bias else {}
-        return weights | self.indices(spec) | own
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{name}.weight": shape for name, shape in self.factors(spec).items()
+        }
+        shapes |= self.indices(spec)
+        return shapes | ({self.bias: (spec.out_features,)} if bias else {})
 
     def stored(self, spec: Sized, *, bias: bool = False) -> int:
         """Parameters that the module stores. Indices are none: they count in bytes."""
@@ -85,6 +89,42 @@ class Sizes:
     def parameters(self, m: int, n: int, rank: int, *, bias: bool = False) -> int:
         """Parameters of a factored ``(m, n)`` weight."""
         return self.stored(Shape(m, n, rank), bias=bias)
+
+    def ratio_rank(self, m: int, n: int, ratio: float, *, bias: bool = False) -> int:
+        """The largest rank whose stored parameters are at most ``ratio`` times the dense ones, or
+        0.
+
+        *Ratio* always means parameters stored after ÷ before, everything counted: all factors, and
+        the bias on both sides.
+
+        Raises:
+            ValueError: the ratio is outside (0, 1].
+        """
+        if not 0 < ratio <= 1:
+            raise ValueError(
+                f"ratio {ratio} is outside (0, 1]: it is parameters stored after ÷ before. "
+                "0.8 keeps 80 % of them."
+            )
+        return self._rank_within(m, n, ratio * dense_parameters(m, n, bias=bias), bias)
+
+    def break_even_rank(self, m: int, n: int, *, bias: bool = False) -> int:
+        """The largest rank that stores strictly fewer parameters than the dense layer, or 0.
+
+        For CUR this is ``⌈(√(m² + 6mn + n²) − (m + n)) / 2⌉ − 1``, CURing's bound.
+        """
+        return self._rank_within(m, n, dense_parameters(m, n, bias=bias) - 1, bias)
+
+    def _rank_within(self, m: int, n: int, budget: float, bias: bool) -> int:
+        # Stored parameters grow with the rank in every form, so bisection is exact where the
+        # quadratic formula would need care with rounding.
+        low, high = 0, self.largest_rank(m, n)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.parameters(m, n, middle, bias=bias) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
 
 class CURSizes(Sizes):
@@ -97,7 +137,7 @@ class CURSizes(Sizes):
         m, n, r = spec.out_features, spec.in_features, spec.rank
         return {"cur_r": (r, n), "cur_u": (r, r), "cur_c": (m, r)}
 
-    def indices(self, spec: Sized) -> dict[str, tuple[int]]:
+    def indices(self, spec: Sized) -> dict[str, tuple[int, ...]]:
         return {"rows": (spec.rank,), "columns": (spec.rank,)}
 
 
@@ -110,6 +150,7 @@ class RowIDSizes(Sizes):
 
     module = "row_id"
     bias = "bias"
+    rank_limit = "min(out − 1, in), since a row ID interpolates"
     shares_skeletons = True
 
     def largest_rank(self, m: int, n: int) -> int:
@@ -121,7 +162,7 @@ class RowIDSizes(Sizes):
         skeleton = {"id_s": (spec.rank, spec.in_features)} if spec.shared_skeleton is None else {}
         return skeleton | ({"id_t": (rest, spec.rank)} if rest else {})
 
-    def indices(self, spec: Sized) -> dict[str, tuple[int]]:
+    def indices(self, spec: Sized) -> dict[str, tuple[int, ...]]:
         return {"order": (spec.out_features,)}
 
     def stored(self, spec: Sized, *, bias: bool = False) -> int:

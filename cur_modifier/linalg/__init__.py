@@ -1,37 +1,36 @@
 """Linear algebra of structured compression: tensors in, tensors out, no ``torch.nn``."""
 
-from cur_modifier.linalg.aligned import aligned
 from cur_modifier.linalg.anchor import anchored_target
-from cur_modifier.linalg.budget import RankCurve, allocate_ranks, truncation_tail
-from cur_modifier.linalg.compact import compact
-from cur_modifier.linalg.decomposition import cur, interpolative, interpolative_aligned, low_rank
-from cur_modifier.linalg.forms import CUR, LowRank, RowID
-from cur_modifier.linalg.gram import (
-    GramAccumulator,
-    PairedMoments,
+from cur_modifier.linalg.budget import RankCurve, allocate_ranks, apportion, truncation_tail
+from cur_modifier.linalg.cur import CUR, cur
+from cur_modifier.linalg.low_rank import LowRank, low_rank
+from cur_modifier.linalg.metric import (
     apply_gram,
     curvature_spectrum,
     damped,
     gram_norm,
     gram_sqrt,
+    relative_error,
     shrunk,
+    weighted_spectrum,
 )
-from cur_modifier.linalg.greedy import greedy
-from cur_modifier.linalg.joint import apportion, skeleton_shares, split_rows
-from cur_modifier.linalg.rank import (
-    Form,
-    break_even_rank,
-    dense_parameters,
-    energy_rank,
-    ratio_rank,
-    round_rank_down,
-    round_rank_up,
-    stored_parameters,
+from cur_modifier.linalg.moments import GramAccumulator, PairedMoments
+from cur_modifier.linalg.problem import Problem
+from cur_modifier.linalg.rank import energy_rank, round_rank_down, round_rank_up
+from cur_modifier.linalg.row_id import (
+    RowID,
+    interpolative,
+    interpolative_aligned,
+    row_id_of_pair,
+    row_ids_in_one_order,
+    skeleton_shares,
+    split_rows,
 )
 from cur_modifier.linalg.scores import Score, score
 from cur_modifier.linalg.selection import (
     Selection,
     deim,
+    greedy,
     leverage_sampled,
     leverage_scores,
     leverage_top,
@@ -45,27 +44,23 @@ from cur_modifier.linalg.subspace import Subspace, leading_subspace, lstsq, sing
 
 __all__ = [
     "CUR",
-    "Form",
     "GramAccumulator",
     "LowRank",
     "PairedMoments",
+    "Problem",
     "RankCurve",
     "RowID",
     "Score",
     "Selection",
     "Subspace",
-    "aligned",
     "allocate_ranks",
     "anchored_target",
     "apply_gram",
     "apportion",
-    "break_even_rank",
-    "compact",
     "cur",
     "curvature_spectrum",
     "damped",
     "deim",
-    "dense_parameters",
     "energy_rank",
     "gram_norm",
     "gram_sqrt",
@@ -81,9 +76,11 @@ __all__ = [
     "norm",
     "qdeim",
     "random",
-    "ratio_rank",
+    "relative_error",
     "round_rank_down",
     "round_rank_up",
+    "row_id_of_pair",
+    "row_ids_in_one_order",
     "score",
     "select_rows",
     "select_rows_and_columns",
@@ -91,6 +88,6 @@ __all__ = [
     "singular_values",
     "skeleton_shares",
     "split_rows",
-    "stored_parameters",
     "truncation_tail",
+    "weighted_spectrum",
 ]

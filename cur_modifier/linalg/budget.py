@@ -1,20 +1,13 @@
-"""One budget of parameters for many weights: which rank each of them gets."""
+"""One budget for many: which rank each weight gets, how many rows each block gives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from cur_modifier.linalg.rank import (
-    Form,
-    break_even_rank,
-    dense_parameters,
-    stored_parameters,
-)
-
-__all__ = ["RankCurve", "allocate_ranks", "truncation_tail"]
+__all__ = ["RankCurve", "allocate_ranks", "apportion", "truncation_tail"]
 
 _BISECTIONS = 100
 _SMALLEST_PRICE = 1e-18
@@ -22,29 +15,24 @@ _SMALLEST_PRICE = 1e-18
 
 @dataclass(frozen=True)
 class RankCurve:
-    """What a ``(m, n)`` weight costs the model at every rank.
+    """What a weight costs the model at every rank, and in parameters.
 
     Attributes:
         loss: ``(min(m, n) + 1,)``: entry ``r`` is the growth of the loss at rank ``r``. Not growing
             with ``r``; a weight that stays dense costs nothing.
+        factored: parameters stored at a rank.
+        dense: parameters of the dense weight.
+        limit: the largest rank that may be chosen: one that stores less than the dense weight.
     """
 
-    form: Form
-    m: int
-    n: int
     loss: torch.Tensor
-    bias: bool = False
-
-    @property
-    def dense(self) -> int:
-        """Parameters of the dense weight."""
-        return dense_parameters(self.m, self.n, bias=self.bias)
+    factored: Callable[[int], int]
+    dense: int
+    limit: int
 
     def stored(self, rank: int | None) -> int:
         """Parameters at ``rank``, or of the dense weight for None."""
-        if rank is None:
-            return self.dense
-        return stored_parameters(self.form, self.m, self.n, rank, bias=self.bias)
+        return self.dense if rank is None else self.factored(rank)
 
 
 def truncation_tail(squared_singular_values: torch.Tensor) -> torch.Tensor:
@@ -106,14 +94,38 @@ def allocate_ranks(
     return [ranks[pick] for pick, (ranks, _, _) in zip(picks, options, strict=True)]
 
 
+def apportion(
+    shares: Sequence[int], sizes: Sequence[int], total: int, *, multiple_of: int = 1
+) -> list[int]:
+    """Whole numbers in proportion to ``shares`` that add up to ``total``, each at most its size.
+
+    They are multiples of ``multiple_of`` where such numbers exist. By largest remainders.
+
+    Raises:
+        ValueError: the total is above the sum of the sizes, or ``shares`` are not one each, with a
+            positive sum.
+    """
+    if len(shares) != len(sizes) or sum(shares) < 1 or not 0 <= total <= sum(sizes):
+        raise ValueError(
+            f"{total} rows can't be shared as {list(shares)} among blocks of {list(sizes)} rows. "
+            "Give one share a block, and at most as many rows as the blocks have."
+        )
+    fits = sum(size // multiple_of for size in sizes) * multiple_of >= total
+    unit = multiple_of if fits and total % multiple_of == 0 else 1
+    wanted = [share * total / sum(shares) for share in shares]
+    given = [min(int(w // unit), size // unit) for w, size in zip(wanted, sizes, strict=True)]
+    for _ in range(total // unit - sum(given)):
+        open_to = [k for k, size in enumerate(sizes) if given[k] < size // unit]
+        given[max(open_to, key=lambda k: wanted[k] - unit * given[k])] += 1
+    return [unit * count for count in given]
+
+
 _Options = tuple[list[int | None], torch.Tensor, torch.Tensor]
 """Ranks, parameters and losses of what one weight may become, by growing parameters."""
 
 
 def _options(curve: RankCurve, multiple_of: int, least: float) -> _Options:
-    limit = min(curve.m, curve.n) if curve.form is Form.CUR else min(curve.m - 1, curve.n)
-    limit = min(limit, break_even_rank(curve.form, curve.m, curve.n, bias=curve.bias))
-    possible = list(range(multiple_of, limit + 1, multiple_of))
+    possible = list(range(multiple_of, curve.limit + 1, multiple_of))
     enough = [rank for rank in possible if curve.stored(rank) >= least * curve.dense]
     ranks: list[int | None] = [*(enough or possible[-1:]), None]
     costs = torch.tensor([curve.stored(rank) for rank in ranks], dtype=torch.float64)

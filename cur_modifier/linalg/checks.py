@@ -6,6 +6,7 @@ import torch
 
 __all__ = [
     "at_least_float32",
+    "prepared",
     "require_finite",
     "require_gram",
     "require_indices",
@@ -90,3 +91,16 @@ def require_rank(rank: int, limit: int, what: str) -> None:
         raise ValueError(
             f"rank {rank} is outside 1..{limit} for {what}. Choose a rank in that range."
         )
+
+
+def prepared(W: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
+    """A weight that decompositions can start from, float32 at least.
+
+    Raises:
+        ValueError: ``W`` or ``gram`` is not finite, or they do not fit.
+    """
+    require_matrix(W, "the weight")
+    require_finite(W, "the weight")
+    if gram is not None:
+        require_gram(gram, W.shape[1])
+    return at_least_float32(W.detach())

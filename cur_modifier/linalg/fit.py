@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from cur_modifier.linalg.gram import apply_gram
+from cur_modifier.linalg.metric import apply_gram
 from cur_modifier.linalg.subspace import lstsq
 
-__all__ = ["fit_right", "solve"]
+__all__ = ["fit_right", "solve_stored"]
 
 # A Gram matrix summed in float32 says nothing below this fraction of its mean eigenvalue. Adding
 # that much identity makes the fit fall back to the plain norm there instead of amplifying noise.
 _DAMPING = torch.finfo(torch.float32).eps
 
 
-def solve(A: torch.Tensor, B: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+def solve_stored(A: torch.Tensor, B: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """Least squares ``A X ≈ B`` whose solution survives being stored in dtype ``stored``.
 
     Along a singular value ``σ`` of ``A`` the solution has entries of size ``1/σ``, and rounding
@@ -45,7 +45,7 @@ def fit_right(
     if gram is None and noise:
         gram = torch.ones(skeleton.shape[1], dtype=skeleton.dtype, device=skeleton.device)
     if gram is None:
-        return solve(skeleton.mT, target.mT, stored).mT
+        return solve_stored(skeleton.mT, target.mT, stored).mT
     diagonal = gram if gram.ndim == 1 else gram.diagonal()
     damping = _DAMPING * diagonal.double().mean()
     weighted = apply_gram(skeleton, gram) + damping * skeleton

@@ -1,70 +1,12 @@
-"""How many parameters a form stores, and which rank meets a wish.
-
-*Ratio* always means parameters stored after ÷ before, everything counted: all factors, and the bias
-on both sides. Row indices are integers, not parameters; they count in bytes.
-"""
+"""The rank that holds a share of a spectrum, and ranks in whole steps."""
 
 from __future__ import annotations
-
-from enum import StrEnum
 
 import torch
 
 from cur_modifier.linalg.checks import require_finite
 
-__all__ = [
-    "Form",
-    "break_even_rank",
-    "dense_parameters",
-    "energy_rank",
-    "ratio_rank",
-    "round_rank_down",
-    "round_rank_up",
-    "stored_parameters",
-]
-
-
-class Form(StrEnum):
-    """The storage forms by their names in a recipe and in a checkpoint."""
-
-    CUR = "cur"
-    ID = "id"
-
-
-def dense_parameters(m: int, n: int, *, bias: bool = False) -> int:
-    """Parameters of a dense ``(m, n)`` layer."""
-    return m * n + m * bias
-
-
-def stored_parameters(form: Form, m: int, n: int, rank: int, *, bias: bool = False) -> int:
-    """Parameters of a factored ``(m, n)`` layer: ``r(m+n+r)`` as CUR, ``r(m+n−r)`` as row ID."""
-    sign = 1 if form is Form.CUR else -1
-    return rank * (m + n + sign * rank) + m * bias
-
-
-def ratio_rank(form: Form, m: int, n: int, ratio: float, *, bias: bool = False) -> int:
-    """The largest rank whose stored parameters are at most ``ratio`` times the dense ones.
-
-    0 if even rank 1 stores more. At most ``min(m, n)``.
-
-    Raises:
-        ValueError: the ratio is outside (0, 1].
-    """
-    if not 0 < ratio <= 1:
-        raise ValueError(
-            f"ratio {ratio} is outside (0, 1]: it is parameters stored after ÷ before. "
-            "0.8 keeps 80 % of them."
-        )
-    budget = ratio * dense_parameters(m, n, bias=bias)
-    return _largest_rank(form, m, n, budget, bias)
-
-
-def break_even_rank(form: Form, m: int, n: int, *, bias: bool = False) -> int:
-    """The largest rank that stores strictly fewer parameters than the dense layer, or 0.
-
-    For CUR this is ``⌈(√(m² + 6mn + n²) − (m + n)) / 2⌉ − 1``, CURing's bound.
-    """
-    return _largest_rank(form, m, n, dense_parameters(m, n, bias=bias) - 1, bias)
+__all__ = ["energy_rank", "round_rank_down", "round_rank_up"]
 
 
 def energy_rank(singular_values: torch.Tensor, energy: float) -> int:
@@ -111,16 +53,3 @@ def round_rank_up(rank: int, multiple_of: int) -> int:
 def _require_positive(multiple_of: int) -> None:
     if multiple_of < 1:
         raise ValueError(f"multiple_of is {multiple_of}; a rank is rounded to a positive multiple.")
-
-
-def _largest_rank(form: Form, m: int, n: int, budget: float, bias: bool) -> int:
-    # Stored parameters grow with the rank up to min(m, n) in both forms, so bisection is exact
-    # where the quadratic formula would need care with rounding.
-    low, high = 0, min(m, n)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if stored_parameters(form, m, n, middle, bias=bias) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -16,7 +16,7 @@ from cur_modifier.linalg.checks import (
     require_gram,
     require_matrix,
 )
-from cur_modifier.linalg.gram import apply_gram, gram_sqrt
+from cur_modifier.linalg.metric import apply_gram, gram_sqrt
 
 __all__ = ["Score", "diag", "gram", "score", "wanda", "weight"]
 

@@ -2,8 +2,8 @@
 
 from llmcompressor.modifiers.factory import ModifierFactory
 
-from cur_modifier.modifiers.cur import CURModifier
-from cur_modifier.modifiers.heal import CURHealModifier
+from cur_modifier.modifiers.cur.modifier import CURModifier
+from cur_modifier.modifiers.heal.modifier import CURHealModifier
 
 __all__ = ["CURHealModifier", "CURModifier", "register"]
 

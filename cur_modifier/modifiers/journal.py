@@ -14,11 +14,11 @@ import yaml
 from loguru import logger
 from torch import nn
 
+from cur_modifier.linalg import weighted_spectrum
 from cur_modifier.modifiers import upstream
-from cur_modifier.modifiers.factorize import weighted_spectrum
-from cur_modifier.modifiers.refine import Refinement
 from cur_modifier.modifiers.report import (
     ModuleRecord,
+    Refinement,
     format_table,
     parameter_bytes,
     parameter_count,
@@ -49,10 +49,12 @@ class Journal:
 
     Attributes:
         files: what belongs beside the checkpoint, by name; the report joins it in the end.
+        complete: whether every module is factored.
     """
 
     def __init__(self, model: nn.Module, *, enabled: bool) -> None:
         self.records: dict[str, ModuleRecord] = {}
+        self.complete = False
         self._parameters_before = parameter_count(model)
         self._bytes_before = parameter_bytes(model)
         self._spectra: dict[str, tuple[list[float], int]] = {}
@@ -72,14 +74,14 @@ class Journal:
         """What records the stage, for later stages that go on with its run."""
         return self._tracker
 
-    def layers_chosen(
-        self, by: str | list[int], costs: Sequence[float] | None, chosen: list[int]
+    def planned(
+        self, by: str | list[int], costs: Sequence[float] | None, chosen: Sequence[int]
     ) -> None:
         """Log by layer what decided: angular distances, or the expected growth of the loss."""
         if costs is None:
             return
         metric = "expected_loss_growth_nats" if by == "sensitivity" else "angular_distance"
-        self._figure(lambda: layer_costs(metric, costs, chosen), f"{metric}.png")
+        self._figure(lambda: layer_costs(metric, costs, list(chosen)), f"{metric}.png")
         for index, cost in enumerate(costs):
             if math.isfinite(cost):
                 self._tracker.log_metrics({metric: cost}, step=index)

@@ -11,6 +11,7 @@ from torch import nn
 
 __all__ = [
     "ModuleRecord",
+    "Refinement",
     "Totals",
     "format_table",
     "parameter_bytes",
@@ -50,6 +51,22 @@ class ModuleRecord:
         for factor, loss in row.pop("losses").items():
             row[f"loss.{factor}"] = loss
         return row
+
+
+@dataclass
+class Refinement:
+    """What training one decoder layer did.
+
+    Attributes:
+        before, after: held-out loss of the fit, and of what was kept.
+        train: loss of every step.
+        kept: whether trained factors were kept.
+    """
+
+    before: float
+    after: float
+    train: list[float] = field(default_factory=list)
+    kept: bool = True
 
 
 @dataclass(frozen=True)

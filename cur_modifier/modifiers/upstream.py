@@ -6,31 +6,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from compressed_tensors.offload import set_onload_device
 from compressed_tensors.utils import is_match
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
-from llmcompressor.utils.dev import get_main_device
-from llmcompressor.utils.helpers import (
-    DisableQuantization,
-    disable_cache,
-    disable_hf_kernels,
-    disable_lm_head,
-    eval_context,
-)
 from loguru import logger
 from torch import nn
 
 __all__ = [
     "FollowerLosses",
     "compresses",
-    "evaluation_forward",
     "followers",
     "group_sizes",
     "matches",
@@ -50,35 +38,6 @@ _COMPRESSING = re.compile(
 # Fields that upstream, or a validator, sets on a modifier; nobody writes them into a recipe.
 _NOT_GIVEN = ("group", "index", "requires_calibration_data")
 _ERROR = re.compile(r"error (?P<loss>\S+)")
-
-
-@contextmanager
-def evaluation_forward(model: nn.Module, *, logits: bool) -> Iterator[torch.device]:
-    """The context of our own passes through a model in evaluation mode; gives their device.
-
-    Quantization that a later stage has prepared is off: its scales are not there yet. Without
-    ``logits`` the head is left out. Unlike in upstream's own passes the model keeps its attention,
-    which is several times faster than the eager one on long windows.
-    """
-    with ExitStack() as stack:
-        if torch.accelerator.is_available():
-            set_onload_device(model, get_main_device())
-            device = get_main_device()
-        else:
-            device = torch.device("cpu")
-        stack.enter_context(disable_cache(model))
-        stack.enter_context(eval_context(model))
-        stack.enter_context(disable_hf_kernels(model))
-        stack.enter_context(DisableQuantization(model))
-        if not logits:
-            stack.enter_context(disable_lm_head(model))
-        yield device
-
-
-def try_out(model: Any, device: torch.device) -> None:
-    """A forward pass of the few tokens that transformers keeps for that, whatever they say."""
-    inputs: dict[str, torch.Tensor] = model.dummy_inputs
-    model(**{name: tensor.to(device) for name, tensor in inputs.items()})
 
 
 def refuse_distributed() -> None:

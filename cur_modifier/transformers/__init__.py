@@ -8,8 +8,8 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from cur_modifier.checkpoint.save import wrap_save_pretrained
+from cur_modifier.forms.quantizer import CURConfig, CURQuantizer
 from cur_modifier.forms.schema import QUANT_METHOD
-from cur_modifier.transformers.quantizer import CURConfig, CURQuantizer
 
 __all__ = ["CURConfig", "PluginQuantizer", "register"]
 

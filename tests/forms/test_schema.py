@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur_modifier.factored import FACTORED_CLASSES, shared_skeleton
+import cur_modifier.forms.schema
+from cur_modifier.forms.registry import find_form
+from cur_modifier.forms.row_id import shared_skeleton
 from cur_modifier.forms.schema import ModuleSpec, Producer, Schema, SchemaError, checksum
 
 MODULE = {"form": "cur", "rank": 4, "in_features": 8, "out_features": 6, "bias": False}
@@ -59,7 +61,7 @@ def test_what_is_written_is_read_back(
 @pytest.mark.parametrize("bias", [False, True])
 def test_shapes_are_those_of_the_modules(form: Any, bias: bool) -> None:
     layout = ModuleSpec(form=form, rank=3, in_features=8, out_features=6, bias=bias)
-    module = FACTORED_CLASSES[form](8, 6, 3, bias=bias)
+    module = find_form(form).build(layout, bias=bias)
     assert {k: tuple(f.weight.shape) for k, f in module.factors.items()} == layout.factor_shapes
 
 
@@ -194,17 +196,16 @@ def test_skeletons_that_cannot_be_shared_name_both(changes: dict[str, Any], mess
         sharing(**changes).check_supported()
 
 
-def test_layout_needs_pydantic_alone() -> None:
+def test_the_schema_needs_pydantic_alone() -> None:
+    # As a package of its own: to import cur_modifier registers it where transformers is.
     code = (
-        "import importlib.util, sys\n"
-        "from pathlib import Path\n"
-        "spec = importlib.util.spec_from_file_location('layout', sys.argv[1])\n"
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "import sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import forms.schema\n"
         "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)\n"
     )
-    import cur_modifier.forms.schema
-
-    subprocess.run([sys.executable, "-c", code, cur_modifier.forms.schema.__file__], check=True)
+    package = Path(cur_modifier.forms.schema.__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code, str(package)], check=True)
 
 
 def _layout(**files: str) -> Schema:

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from cur_modifier.linalg import (
     LowRank,
-    aligned,
     gram_norm,
     interpolative,
     interpolative_aligned,
+    row_ids_in_one_order,
 )
 
 from .strategies import SEEDS, gaussian, seeded
@@ -29,7 +29,7 @@ def alike(draw):
 
 @given(alike())
 def test_nothing_is_lost_and_all_have_one_order(pairs):
-    found = aligned(pairs)
+    found = row_ids_in_one_order(pairs)
     assert found is not None
     for pair, row_id in zip(pairs, found, strict=True):
         scale = float(torch.linalg.cond(pair.A[row_id.rows]) * pair.A.norm() * pair.B.norm())
@@ -40,7 +40,7 @@ def test_nothing_is_lost_and_all_have_one_order(pairs):
 
 @given(alike())
 def test_the_rows_in_sequence_are_the_products_side_by_side(pairs):
-    for row_id in aligned(pairs) or []:
+    for row_id in row_ids_in_one_order(pairs) or []:
         sequence = row_id.order.argsort()
         stacked = torch.cat([row_id.S, row_id.T @ row_id.S])
         torch.testing.assert_close(row_id.dense()[sequence], stacked)
@@ -49,7 +49,7 @@ def test_the_rows_in_sequence_are_the_products_side_by_side(pairs):
 @given(alike())
 def test_no_swap_would_enlarge_the_volumes_much(pairs):
     """Of two rows that change places, the product of the determinants' growth is bounded."""
-    found = aligned(pairs)
+    found = row_ids_in_one_order(pairs)
     assert found is not None
     sequence = found[0].order.argsort()
     gain = torch.ones(len(sequence), len(sequence), dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_bases_of_real_size_keep_small_entries():
         LowRank(A=torch.linalg.qr(gaussian(192, r, generator)).Q, B=gaussian(r, 64, generator))
         for r in (96, 64)
     ]
-    found = aligned(pairs)
+    found = row_ids_in_one_order(pairs)
     assert found is not None
     assert max(float(one.T.abs().max()) for one in found) < 4
 
@@ -75,8 +75,8 @@ def test_factors_without_full_rank_have_none():
     generator = seeded(0)
     sound = LowRank(A=gaussian(8, 3, generator), B=gaussian(3, 5, generator))
     flat = LowRank(A=torch.ones(8, 3).double(), B=gaussian(3, 5, generator))
-    assert aligned([sound, flat]) is None
-    assert aligned([LowRank(A=torch.zeros(8, 3).double(), B=sound.B)]) is None
+    assert row_ids_in_one_order([sound, flat]) is None
+    assert row_ids_in_one_order([LowRank(A=torch.zeros(8, 3).double(), B=sound.B)]) is None
 
 
 def test_rows_that_serve_only_one_factor_leave_each_its_own():
@@ -85,7 +85,7 @@ def test_rows_that_serve_only_one_factor_leave_each_its_own():
     tiny = torch.logspace(0, -12, 16).double()[:, None]
     left, right = (gaussian(16, 4, generator) for _ in range(2))
     pairs = [LowRank(A=left * tiny, B=left[:4]), LowRank(A=right * tiny.flip(0), B=right[:4])]
-    found = aligned(pairs)
+    found = row_ids_in_one_order(pairs)
     if found is not None:
         assert max(float(one.T.abs().max()) for one in found) <= LARGEST_ENTRY
     weights = [pair.dense() for pair in pairs]
@@ -124,10 +124,10 @@ def test_bad_input_is_named():
     pair = LowRank(A=gaussian(6, 2, generator), B=gaussian(2, 5, generator))
     other = LowRank(A=gaussian(7, 2, generator), B=gaussian(2, 5, generator))
     with pytest.raises(ValueError, match=r"\[6, 7\] outputs; one order needs"):
-        aligned([pair, other])
+        row_ids_in_one_order([pair, other])
     with pytest.raises(ValueError, match="got 0 pairs"):
-        aligned([])
+        row_ids_in_one_order([])
     with pytest.raises(ValueError, match="at least as many rows"):
-        aligned([LowRank(A=gaussian(2, 3, generator), B=gaussian(3, 5, generator))])
+        row_ids_in_one_order([LowRank(A=gaussian(2, 3, generator), B=gaussian(3, 5, generator))])
     with pytest.raises(ValueError, match="contains NaN or infinity"):
-        aligned([LowRank(A=pair.A / 0, B=pair.B)])
+        row_ids_in_one_order([LowRank(A=pair.A / 0, B=pair.B)])

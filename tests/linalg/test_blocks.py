@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from cur_modifier.linalg import (
     LowRank,
     apportion,
-    compact,
     damped,
     gram_norm,
     interpolative,
+    row_id_of_pair,
     skeleton_shares,
     split_rows,
 )
@@ -39,7 +39,7 @@ def pair_of(blocks: list[tuple[int, int]], n: int, seed: int) -> LowRank:
 @given(blocks_and_ranks(), st.integers(1, 9), SEEDS, st.sampled_from([1.01, 2.0]))
 def test_every_block_gives_its_number_and_nothing_is_lost(blocks, n, seed, max_entry):
     pair = pair_of(blocks, n, seed)
-    row_id = compact(pair, max_entry=max_entry, blocks=blocks)
+    row_id = row_id_of_pair(pair, max_entry=max_entry, blocks=blocks)
     sizes = [size for size, _ in blocks]
     parts = split_rows(row_id, sizes)
     assert [part.direct_outputs for part in parts] == [quota for _, quota in blocks]
@@ -51,7 +51,7 @@ def test_every_block_gives_its_number_and_nothing_is_lost(blocks, n, seed, max_e
 @given(blocks_and_ranks(), SEEDS, st.sampled_from([1.01, 1.5, 4.0]))
 def test_the_entries_within_a_block_are_bounded(blocks, seed, max_entry):
     pair = pair_of(blocks, 5, seed)
-    row_id = compact(pair, max_entry=max_entry, blocks=blocks)
+    row_id = row_id_of_pair(pair, max_entry=max_entry, blocks=blocks)
     assume(float(torch.linalg.cond(pair.A[row_id.rows])) < 1e6)
     block = torch.arange(len(blocks)).repeat_interleave(torch.tensor([size for size, _ in blocks]))
     rest = torch.argsort(row_id.order)[row_id.rank :]
@@ -63,7 +63,7 @@ def test_the_entries_within_a_block_are_bounded(blocks, seed, max_entry):
 @given(st.integers(1, 20), st.integers(0, 3), SEEDS)
 def test_one_block_is_the_free_choice(m, more, seed):
     pair = LowRank(A=gaussian(m + more, m, seeded(seed)), B=gaussian(m, 4, seeded(seed + 1)))
-    free, bound = compact(pair), compact(pair, blocks=[(m + more, m)])
+    free, bound = row_id_of_pair(pair), row_id_of_pair(pair, blocks=[(m + more, m)])
     assert torch.equal(free.order, bound.order) and torch.equal(free.T, bound.T)
 
 
@@ -72,7 +72,7 @@ def test_a_block_that_has_less_to_give_costs_accuracy_and_nothing_else():
     A = torch.eye(5, 3, dtype=torch.float64)
     A[2:] = torch.tensor([0.0, 0.0, 1.0])
     pair = LowRank(A=A, B=gaussian(3, 4, seeded(0)))
-    row_id = compact(pair, blocks=[(2, 1), (3, 2)])
+    row_id = row_id_of_pair(pair, blocks=[(2, 1), (3, 2)])
     assert [p.direct_outputs for p in split_rows(row_id, [2, 3])] == [1, 2]
     assert bool(torch.isfinite(row_id.T).all()) and float(row_id.T.abs().max()) <= 1
     error = (row_id.dense() - pair.dense()).norm(dim=1)
@@ -109,7 +109,7 @@ def test_rows_and_blocks_exclude_each_other():
 def test_blocks_that_do_not_fit_are_named(blocks, reason):
     pair = LowRank(A=gaussian(6, 2, seeded(0)), B=gaussian(2, 3, seeded(1)))
     with pytest.raises(ValueError, match=reason):
-        compact(pair, blocks=blocks)
+        row_id_of_pair(pair, blocks=blocks)
 
 
 # What each block gives

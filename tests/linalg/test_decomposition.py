@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from cur_modifier.linalg import (
     Selection,
-    compact,
     cur,
     deim,
     gram_norm,
     gram_sqrt,
     interpolative,
     low_rank,
+    row_id_of_pair,
     select_rows_and_columns,
 )
 
@@ -60,7 +60,7 @@ def test_full_rank_recovers_the_matrix(W):
     factored = {
         "low_rank": low_rank(W, rank),
         "low_rank, iterated": low_rank(W, rank, exact=False),
-        "compact": compact(low_rank(W, rank)),
+        "compact": row_id_of_pair(low_rank(W, rank)),
         "interpolative": interpolative(W, rank),
         "interpolative, real rows": interpolative(W, rank, rows=rows),
         "cur": cur(W, rows, columns),
@@ -209,7 +209,7 @@ def pairs(draw):
 
 @given(pairs(), st.sampled_from([1.01, 1.5, 2.0, 10.0]))
 def test_compact_is_the_pair_with_bounded_entries(pair, max_entry):
-    row_id = compact(pair, max_entry=max_entry)
+    row_id = row_id_of_pair(pair, max_entry=max_entry)
     m, rank = pair.A.shape
     assert row_id.S.shape == (rank, pair.B.shape[1])
     assert row_id.T.shape == (m - rank, rank)
@@ -221,7 +221,7 @@ def test_compact_is_the_pair_with_bounded_entries(pair, max_entry):
 
 @given(pairs())
 def test_the_skeleton_is_what_its_rows_give(pair):
-    row_id = compact(pair)
+    row_id = row_id_of_pair(pair)
     assert row_id.rows.unique().numel() == row_id.rank
     assert torch.equal(row_id.dense()[row_id.rows], row_id.S)
     expected = pair.dense()[row_id.rows]
@@ -271,7 +271,7 @@ def test_factors_have_the_weight_s_precision_and_inputs_stay(data, case, dtype, 
     left_before = pair.A.clone()
     for form in (
         pair,
-        compact(pair),
+        row_id_of_pair(pair),
         interpolative(W, rank, gram, rows=rows),
         cur(W, rows, columns, gram),
     ):
@@ -338,10 +338,10 @@ def test_a_bad_pair_is_named():
     pair = low_rank(torch.ones(5, 4), 2)
     make = type(pair)
     with pytest.raises(ValueError, match=r"left factor.*NaN"):
-        compact(make(pair.A * torch.nan, pair.B))
+        row_id_of_pair(make(pair.A * torch.nan, pair.B))
     with pytest.raises(ValueError, match=r"right factor.*NaN"):
-        compact(make(pair.A, pair.B * torch.nan))
+        row_id_of_pair(make(pair.A, pair.B * torch.nan))
     with pytest.raises(ValueError, match=r"max_entry is 1.*above 1"):
-        compact(pair, max_entry=1)
+        row_id_of_pair(pair, max_entry=1)
     with pytest.raises(ValueError, match=r"left factor has shape \(2, 5\).*as many rows"):
-        compact(make(pair.A.T, pair.A))
+        row_id_of_pair(make(pair.A.T, pair.A))

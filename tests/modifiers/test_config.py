@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("llmcompressor")
 
-from cur_modifier.linalg import Form, break_even_rank, stored_parameters
-from cur_modifier.modifiers.config import LayersConfig, RankConfig
-from cur_modifier.modifiers.factorize import quantization_noise
-from cur_modifier.modifiers.layers import candidate_layers, check_count, choose_layers
+from cur_modifier.forms.form import Form
+from cur_modifier.forms.registry import find_form
+from cur_modifier.forms.sizes import FORMS as SIZES
+from cur_modifier.modifiers.cur.choice import candidate_layers, check_count, choose_layers
+from cur_modifier.modifiers.cur.config import LayersConfig, RankConfig
+from cur_modifier.modifiers.cur.install import quantization_noise
 
 SHAPES = {"m": st.integers(2, 200), "n": st.integers(2, 200)}
-FORMS = st.sampled_from(list(Form))
+FORMS = st.sampled_from([find_form(name) for name in SIZES])
 
 
 @given(
@@ -23,7 +25,7 @@ FORMS = st.sampled_from(list(Form))
 def test_ratio_is_met_by_the_largest_multiple(
     form: Form, bias: bool, ratio: float, multiple: int, m: int, n: int
 ) -> None:
-    limit = min(m, n) if form is Form.CUR else min(m - 1, n)
+    limit = form.sizes.largest_rank(m, n)
     budget = ratio * (m * n + m * bias)
     try:
         rank = RankConfig(ratio=ratio).choose(form, m, n, bias=bias, multiple_of=multiple)
@@ -31,18 +33,18 @@ def test_ratio_is_met_by_the_largest_multiple(
         rank = 0
     assert rank is not None and rank % multiple == 0 and rank <= limit
     if rank:
-        assert stored_parameters(form, m, n, rank, bias=bias) <= budget
+        assert form.sizes.parameters(m, n, rank, bias=bias) <= budget
     following = rank + multiple
-    assert following > limit or stored_parameters(form, m, n, following, bias=bias) > budget
+    assert following > limit or form.sizes.parameters(m, n, following, bias=bias) > budget
 
 
 @given(form=FORMS, cap=st.integers(1, 300), **SHAPES)
 def test_max_stays_below_break_even(form: Form, cap: int, m: int, n: int) -> None:
-    if break_even_rank(form, m, n) < 1:
+    if form.sizes.break_even_rank(m, n) < 1:
         return
     rank = RankConfig(max=cap).choose(form, m, n)
     assert rank is not None and rank <= cap
-    assert stored_parameters(form, m, n, rank) < m * n
+    assert form.sizes.parameters(m, n, rank) < m * n
 
 
 @given(form=FORMS, needed=st.integers(1, 200), multiple=st.integers(1, 16), **SHAPES)
@@ -53,14 +55,14 @@ def test_energy_rounds_up_or_stays_dense(
     if rank is None:
         return
     assert needed <= rank < needed + multiple and rank % multiple == 0
-    assert stored_parameters(form, m, n, rank) < m * n
+    assert form.sizes.parameters(m, n, rank) < m * n
 
 
 def test_paper_ranks() -> None:
     """q, k and gate of Llama-3.1-8B at CURing's default."""
     config = RankConfig(max=256)
     for m in (4096, 1024, 14336):
-        assert config.choose(Form.CUR, m, 4096) == 256
+        assert config.choose(find_form("cur"), m, 4096) == 256
 
 
 @given(total=st.integers(3, 40), data=st.data())

@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("llmcompressor")
 
-from cur_modifier.modifiers.layers import angular_distance, last_real_token
+from cur_modifier.passes.samples import last_real_token
+from cur_modifier.passes.survey import angular_distance
 
 
 def test_angles() -> None:

@@ -12,10 +12,11 @@ pytest.importorskip("llmcompressor")
 
 from compressed_tensors.offload import set_onload_device
 
-from cur_modifier.linalg import Form
-from cur_modifier.modifiers.plan import Candidate
+from cur_modifier.forms.registry import find_form
+from cur_modifier.forms.sizes import FORMS
+from cur_modifier.modifiers.cur.candidates import Candidate
 from cur_modifier.modifiers.report import parameter_bytes, parameter_count
-from cur_modifier.modifiers.streams import frozen
+from cur_modifier.passes.context import frozen
 
 
 @pytest.fixture
@@ -33,10 +34,12 @@ def test_tied_weights_count_once(model: nn.Module, small_llama: Callable[..., nn
     assert parameter_count(model) == parameter_count(plain)
 
 
-@pytest.mark.parametrize("form", Form)
-def test_factors_lie_where_the_weights_do(model: nn.Module, form: Form) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_factors_lie_where_the_weights_do(model: nn.Module, form: str) -> None:
     linear = model.model.layers[0].self_attn.q_proj
-    [factored] = Candidate(members={"q": linear}, layer=0, rank=4).skeletons(form).values()
+    [factored] = (
+        Candidate(members={"q": linear}, layer=0, rank=4).empty_modules(find_form(form)).values()
+    )
     assert {p.device.type for p in factored.parameters()} == {"cpu"}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cur_modifier.factored import CURLinear, FactoredLinear, InterpolativeLinear
+from cur_modifier.forms.base import FactoredLinear, Surroundings
+from cur_modifier.forms.cur import CURLinear
+from cur_modifier.forms.row_id import RowIDLinear
 from cur_modifier.linalg import cur, interpolative
-from cur_modifier.modifiers.refine import Surroundings, factor_metrics
 
 pytest.importorskip("llmcompressor")
 
@@ -20,7 +21,7 @@ def positive(size: int, seed: int) -> torch.Tensor:
 def layer(form: str) -> FactoredLinear:
     W = torch.randn(12, 9, generator=torch.Generator().manual_seed(0))
     if form == "id":
-        return InterpolativeLinear.from_factors(interpolative(W, 5))
+        return RowIDLinear.from_factors(interpolative(W, 5))
     rows, columns = torch.tensor([0, 3, 7, 8]), torch.tensor([1, 2, 5, 8])
     return CURLinear.from_factors(cur(W, rows, columns))
 
@@ -31,7 +32,7 @@ def test_a_change_of_a_factor_costs_what_its_metrics_say(form: str, diagonal: bo
     module = layer(form).double()
     G, H = positive(9, 1), positive(12, 2)
     H = torch.diag(H.diagonal()) if diagonal else H
-    around = factor_metrics(module, Surroundings(G, H.diagonal() if diagonal else H))
+    around = module.metrics(Surroundings(G, H.diagonal() if diagonal else H))
     before = module.dense_weight()
     assert set(around) == set(module.factors)
     for name, factor in module.factors.items():

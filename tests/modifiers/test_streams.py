@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from cur_modifier.factored import FactoredLinear, InterpolativeLinear
+from cur_modifier.forms.base import FactoredLinear
+from cur_modifier.forms.row_id import RowIDLinear
 from cur_modifier.linalg import interpolative
 
 pytest.importorskip("llmcompressor")
 
-from cur_modifier.modifiers.streams import LayerStreams
+from cur_modifier.passes.streams import LayerStreams
 
 BATCHES = 3
 
@@ -32,7 +33,7 @@ def factor_in_place(model: nn.Module) -> dict[str, FactoredLinear]:
     found: dict[str, FactoredLinear] = {}
     for name, linear in list(model.model.layers.named_modules()):
         if isinstance(linear, nn.Linear):
-            container = InterpolativeLinear(linear.in_features, linear.out_features, 4)
+            container = RowIDLinear(linear.in_features, linear.out_features, 4)
             container.stand_in(linear)
             parent, _, child = name.rpartition(".")
             setattr(model.model.layers.get_submodule(parent), child, container)

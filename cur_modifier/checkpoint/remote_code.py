@@ -1,0 +1,57 @@
+"""The code that a checkpoint ships: it loads where cur_modifier is not installed.
+
+transformers copies a modeling file and what it imports relatively, from one flat folder. The
+modules of :mod:`cur_modifier.forms` are written so, and are copied as they are.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import cur_modifier.forms
+from cur_modifier.forms.sizes import FORMS
+
+__all__ = ["FOLDER", "ship"]
+
+FOLDER = "cur_code"
+# What any reader needs; a module for each form comes along.
+_READERS = ("base", "form", "latest", "quantizer", "registry", "schema", "sizes")
+_MODELING = '''"""Loads this factored checkpoint where cur_modifier is not installed."""
+
+from {module} import {name} as _Base
+
+{forms}
+from .quantizer import register
+
+register()
+
+
+class {name}(_Base):
+    """{name} whose factored layers are rebuilt by the quantizer registered above."""
+'''
+
+
+def ship(directory: Path, model_class: type, forms: Iterable[str]) -> str:
+    """Put the reader of a checkpoint into ``directory``.
+
+    Args:
+        model_class: of transformers itself.
+        forms: names of the forms that the checkpoint holds.
+
+    Returns:
+        The reference to the reader's model class, as ``auto_map`` has it.
+    """
+    folder = directory / FOLDER
+    folder.mkdir(exist_ok=True)
+    modules = sorted({FORMS[form].module for form in forms})
+    source = Path(next(iter(cur_modifier.forms.__path__)))
+    for name in (*_READERS, *modules):
+        shutil.copyfile(source / f"{name}.py", folder / f"{name}.py")
+    # The registry finds them by name; transformers copies what is imported.
+    imports = "\n".join(f"from .{name} import FORM as _{name}  # noqa: F401" for name in modules)
+    (folder / "modeling_cur.py").write_text(
+        _MODELING.format(module=model_class.__module__, name=model_class.__name__, forms=imports)
+    )
+    return f"{FOLDER}/modeling_cur.{model_class.__name__}"

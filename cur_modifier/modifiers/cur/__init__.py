@@ -1,0 +1,1 @@
+"""The stage that replaces Linears by factors."""

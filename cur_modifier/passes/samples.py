@@ -1,0 +1,92 @@
+"""Calibration batches: which tokens are real, windows in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cur_modifier.checkpoint.files import digest
+
+__all__ = [
+    "Sample",
+    "collect_samples",
+    "first_batches",
+    "last_real_token",
+    "real_rows",
+    "real_tokens",
+]
+
+_NOT_INPUTS = ("labels", "loss_mask")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One window: the model's inputs ``(1, tokens)`` and which of its tokens are real."""
+
+    inputs: dict[str, torch.Tensor]
+    real: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.real.numel()
+
+
+def collect_samples(batches: Iterable[Mapping[str, Any]]) -> list[Sample]:
+    """The rows of calibration batches, in an order that does not depend on the loader's.
+
+    llm-compressor's loader shuffles with torch's global generator, anew on every pass.
+    """
+    samples = []
+    for batch in batches:
+        rows = batch["input_ids"].shape[0]
+        tensors = {
+            key: value
+            for key, value in batch.items()
+            if torch.is_tensor(value) and value.shape[:1] == (rows,) and key not in _NOT_INPUTS
+        }
+        for row in range(rows):
+            inputs = {key: value[row : row + 1].clone() for key, value in tensors.items()}
+            real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            if real.any():
+                samples.append(Sample(inputs, real.reshape(-1)))
+    return sorted(samples, key=lambda sample: digest(sample.inputs.values()))
+
+
+def first_batches(batches: Iterable[Mapping[str, Any]], samples: int) -> list[Mapping[str, Any]]:
+    """The leading batches that hold ``samples`` samples, the last one whole."""
+    chosen: list[Mapping[str, Any]] = []
+    seen = 0
+    for batch in batches:
+        if seen >= samples:
+            break
+        chosen.append(batch)
+        seen += batch["input_ids"].shape[0]
+    return chosen
+
+
+def real_tokens(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """``(samples, tokens)``, False for padding; None where the batch does not say."""
+    mask = batch.get("attention_mask")
+    return None if mask is None or mask.ndim != 2 else mask.bool()
+
+
+def real_rows(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """``x (samples, tokens, n)`` as rows, without those of padding."""
+    rows = x.reshape(-1, x.shape[-1])
+    # An expert sees a choice of the tokens; where all are real nothing is to be copied.
+    if real is None or real.numel() != len(rows) or bool(real.all()):
+        return rows
+    return rows[real.flatten()]
+
+
+def last_real_token(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Index ``(samples,)`` of the last token that is not padding, on whichever side padding is."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    if mask is None:
+        mask = torch.ones_like(ids)
+    positions = torch.arange(ids.shape[-1], device=ids.device)
+    return (mask.bool() * positions).argmax(dim=-1)
