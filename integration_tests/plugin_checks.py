@@ -52,7 +52,10 @@ from vllm.model_executor.models.utils import WeightsMapper
 from cur_modifier.forms.schema import ModuleSpec, Schema, SchemaError
 from cur_modifier.vllm import kernels, register
 from cur_modifier.vllm.config import KEEP_FACTORS, CURQuantizationConfig
-from cur_modifier.vllm.dense import as_factors
+from cur_modifier.vllm.cost import cost
+from cur_modifier.vllm.forms import served
+from cur_modifier.vllm.parts import Schemes, by_skeleton
+from cur_modifier.vllm.stages import stacks
 
 CHECKS: dict[str, Callable[[], None]] = {}
 WIDTH, HEAD, GROUP = 32, 8, 32
@@ -86,13 +89,13 @@ class Example:
             return torch.randn(shape, generator=generator)
 
         rank = rank or 3 + seed % 4  # parts of one module have ranks of their own
-        self.layout: ModuleSpec | None = None
+        self.spec: ModuleSpec | None = None
         self.tensors: dict[str, torch.Tensor] = {}
         self.bias = random(out) if bias else None
         if form == "dense":
             self.tensors["weight"] = self.product = random(out, width)
         else:
-            self.layout = ModuleSpec(
+            self.spec = ModuleSpec(
                 form=form, rank=rank, in_features=width, out_features=out, bias=bias
             )
             indices = torch.arange(rank, dtype=torch.int32)
@@ -171,7 +174,7 @@ def sharing(
         example = examples[name] = Example("dense", out, seed, width=width, bias=bias)
         example.tensors.pop("weight")
         rest = order >= rank
-        example.layout = ModuleSpec(
+        example.spec = ModuleSpec(
             form="id",
             rank=rank,
             in_features=width,
@@ -229,7 +232,7 @@ def built(
 ) -> Iterator[Any]:
     """A vLLM Linear with the examples as parts, not loaded yet. At their size it would be served
     dense by default."""
-    modules = {f"{BLOCK}.{n}": e.layout for n, e in examples.items() if e.layout is not None}
+    modules = {f"{BLOCK}.{n}": e.spec for n, e in examples.items() if e.spec is not None}
     config = CURQuantizationConfig(Schema(modules=modules, compressed_tensors=section))
     config.packed_modules_mapping = FUSED
     bias = any(example.bias is not None for example in examples.values())
@@ -369,7 +372,7 @@ def one_of_each_form() -> dict[str, Example]:
 
 def weights_below(layer: Any) -> tuple[int, int]:
     """Numbers that their weights hold, and how many they are."""
-    found = [module for module in layer.stages.modules() if isinstance(module, LinearBase)]
+    found = [module for module in layer.products.modules() if isinstance(module, LinearBase)]
     return sum(module.weight.numel() for module in found), len(found)
 
 
@@ -392,12 +395,20 @@ def linears_below(layer: Any) -> dict[str, tuple[int, int]]:
     }
 
 
+def as_factors(layer: Any, inputs: int, itemsize: int) -> tuple[int, int]:
+    """What the cost model says of the layer, from its parts' shapes."""
+    schemes = Schemes(None, layer)
+    factors = [served(together, schemes) for together in by_skeleton(layer.quant_method.parts)]
+    found = cost(stacks(factors, schemes), inputs, itemsize)
+    return found.numbers, found.products
+
+
 @check
 def all_first_stages_are_one_product() -> None:
     examples = one_of_each_form()
     with built(QKVParallelLinear, "qkv_proj", examples, WIDTH, HEAD, 4, 2) as layer:
         load(layer, examples)
-        [stage] = layer.stages
+        [stage] = layer.products
         assert (stage.first.input_size, stage.first.output_size) == (WIDTH, 3 + 4 + 16)
         compare(layer, examples)
 
@@ -420,7 +431,7 @@ def small_second_stages_are_one_block_matrix() -> None:
     examples = {name: Example("id", 24, seed) for seed, name in enumerate(("gate_proj", "up_proj"))}
     with built(MergedColumnParallelLinear, "gate_up_proj", examples, WIDTH, [24, 24]) as layer:
         load(layer, examples)
-        assert len(layer.stages[0].second) == 1
+        assert len(layer.products[0].second) == 1
         compare(layer, examples)
 
 
@@ -436,7 +447,7 @@ def cur_whose_columns_have_no_safe_rows_is_served_all_the_same() -> None:
     with built(RowParallelLinear, "o_proj", {"o_proj": example}, WIDTH, 24) as layer:
         load(layer, {"o_proj": example})
         compare(layer, {"o_proj": example})
-        assert layer.stages[0].entries == rank + 24
+        assert layer.products[0].entries == rank + 24
 
 
 @check
@@ -511,7 +522,7 @@ def every_way_to_share_a_skeleton_in_query_key_value() -> None:
             with built(QKVParallelLinear, "qkv_proj", examples, *QKV_SIZES) as layer:
                 load(layer, examples)
                 compare(layer, examples)
-                assert sum(len(stage.parts) for stage in layer.stages) == 4 - len(group)
+                assert sum(len(stage.served) for stage in layer.products) == 4 - len(group)
 
 
 @check
@@ -530,8 +541,8 @@ def one_first_and_one_second_stage() -> None:
             compare(layer, examples)
             total = sum(len(example.product) for example in examples.values())
             assert linears_below(layer) == {
-                "stages.0.first": (WIDTH, 20),
-                "stages.0.second.0.0": (20, total - 20),
+                "products.0.first": (WIDTH, 20),
+                "products.0.second.0.0": (20, total - 20),
             }
 
 
@@ -618,7 +629,7 @@ def quantized_second_stages_are_stacked() -> None:
     for scheme in ("W4A16", "W8A8"):
         for leader in QKV:
             got, wanted, layer = quantized(dict.fromkeys(QKV, scheme), direct, x, leader=leader)
-            [[stage]] = layer.stages[0].second
+            [[stage]] = layer.products[0].second
             assert stage.output_size == 96
             assert not isinstance(stage.quant_method, UnquantizedLinearMethod)
             error = (got - wanted).norm() / wanted.norm()
@@ -645,8 +656,8 @@ def quantized_first_stages_are_stacked() -> None:
         )
         with layers as layer:
             load(layer, examples)
-            assert len(layer.stages) == 1
-            assert not isinstance(layer.stages[0].first.quant_method, UnquantizedLinearMethod)
+            assert len(layer.products) == 1
+            assert not isinstance(layer.products[0].first.quant_method, UnquantizedLinearMethod)
             wanted = torch.cat([example(x) for example in examples.values()], -1)
             error = (layer(x.bfloat16()).float() - wanted).norm() / wanted.norm()
             assert error < (0.03 if scheme == "W8A8" else 0.01), (scheme, error)
@@ -659,7 +670,7 @@ def quantized_second_stages_of_every_rank() -> None:
         # 32, 6 and 16 rows at most, which no kernel takes; so 64, as for a row ID of all three.
         direct = {"q_proj": 0, "k_proj": 26, "v_proj": 6}
         got, wanted, layer = quantized(dict.fromkeys(QKV, scheme), direct, x, rank=rank, size=2)
-        assert layer.stages[0].second[0][0].output_size == 64
+        assert layer.products[0].second[0][0].output_size == 64
         error = (got - wanted).norm() / wanted.norm()
         assert error < (0.01 if scheme == "W4A16" else 0.03), (scheme, rank, error)
 
@@ -674,7 +685,7 @@ def second_stages_that_are_quantized_differently() -> None:
         ({"k_proj": "W8A8"}, [64, 32]),
     ):
         got, wanted, layer = quantized(schemes, direct, x)
-        assert [chain[0].output_size for chain in layer.stages[0].second] == stages
+        assert [chain[0].output_size for chain in layer.products[0].second] == stages
         error = (got - wanted).norm() / wanted.norm()
         assert error < 0.03, (schemes, error)
 
@@ -695,7 +706,7 @@ def unpacked_weights_stand_in_for_kernels() -> None:
             kernels.disable([kernel.__name__])
             assert os.environ["VLLM_DISABLED_KERNELS"] == f"Another,{kernel.__name__}"
             got, wanted, layer = quantized(dict.fromkeys(QKV, scheme), direct, x)
-        chosen = layer.stages[0].first.scheme.kernel
+        chosen = layer.products[0].first.scheme.kernel
         assert isinstance(chosen, kernels.UnpackedInt8Kernel | kernels.UnpackedWNA16Kernel)
         error = (got - wanted).norm() / wanted.norm()
         assert error < (0.03 if scheme == "W8A8" else 0.01), (scheme, error)
@@ -773,7 +784,7 @@ def orders_that_lead_nowhere_are_named() -> None:
 @check
 def a_skeleton_of_another_linear_is_refused() -> None:
     examples = sharing({"q_proj": 32, "o_proj": 32}, "q_proj", 20)
-    modules = {f"{BLOCK}.{name}": example.layout for name, example in examples.items()}
+    modules = {f"{BLOCK}.{name}": example.spec for name, example in examples.items()}
     config = CURQuantizationConfig(Schema(modules=modules))
     config.packed_modules_mapping = FUSED
     raises(
@@ -787,7 +798,7 @@ def a_skeleton_of_another_linear_is_refused() -> None:
 @check
 def leaders_have_the_names_that_vllm_gives() -> None:
     examples = sharing({"gate_proj": 24, "up_proj": 24}, "up_proj", 20)
-    modules = {f"{BLOCK}.{name}": example.layout for name, example in examples.items()}
+    modules = {f"{BLOCK}.{name}": example.spec for name, example in examples.items()}
     config = CURQuantizationConfig(Schema(modules=modules))
     mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
     with mock.patch.object(CURQuantizationConfig, "_check_tensor_parallel"):
@@ -802,7 +813,7 @@ def nothing_of_loading_is_left() -> None:
     examples = {"gate_proj": Example("cur", 24, 0), "up_proj": Example("id", 24, 1)}
     with built(MergedColumnParallelLinear, "gate_up_proj", examples, WIDTH, [24, 24]) as layer:
         load(layer, examples)
-        outside = [name for name, _ in layer.named_parameters() if not name.startswith("stages.")]
+        outside = [name for name, _ in layer.named_parameters() if not name.startswith("products.")]
         assert outside == [], outside
 
 
@@ -906,7 +917,7 @@ def what_factors_would_read_is_known_from_their_shapes() -> None:
         with pretend(rank, 2), layers as layer:
             hand_over(layer, examples)
             layer.quant_method.process_weights_after_loading(layer)  # and not the Linears below
-            assert weights_below(layer) == as_factors(layer.quant_method.parts, WIDTH, 4)
+            assert weights_below(layer) == as_factors(layer, WIDTH, 4)
     width = 640  # at which the zeros of a block matrix are not cheap
     wide = {
         name: Example("id", width, 0, width=width, rank=320) for name in ("gate_proj", "up_proj")
@@ -914,7 +925,7 @@ def what_factors_would_read_is_known_from_their_shapes() -> None:
     with built(MergedColumnParallelLinear, "gate_up_proj", wide, width, [width, width]) as layer:
         hand_over(layer, wide)
         layer.quant_method.process_weights_after_loading(layer)
-        assert weights_below(layer) == as_factors(layer.quant_method.parts, width, 4)
+        assert weights_below(layer) == as_factors(layer, width, 4)
         assert len(linears_below(layer)) == 3
 
 
@@ -953,7 +964,7 @@ def orders_are_on_the_cpu_wherever_the_model_is_made() -> None:
     examples = {"gate_proj": Example("cur", 24, 0), "up_proj": Example("dense", 24, 1)}
     layers = built(MergedColumnParallelLinear, "gate_up_proj", examples, WIDTH, [24, 24])
     with torch.device("meta"), layers as layer:
-        for stage in layer.stages:
+        for stage in layer.products:
             for _, order in stage.output_orders(0):
                 assert order.device.type == "cpu"
 
@@ -984,8 +995,8 @@ def a_checkpoint_that_was_not_read_is_no_damaged_one() -> None:
 
 @check
 def a_setting_that_is_neither_true_nor_false_is_refused() -> None:
-    layout = Schema(modules={f"{BLOCK}.o_proj": Example("id", 40, 2).layout})
-    config = CURQuantizationConfig(layout)
+    schema = Schema(modules={f"{BLOCK}.o_proj": Example("id", 40, 2).spec})
+    config = CURQuantizationConfig(schema)
     settings = VllmConfig(additional_config={KEEP_FACTORS: "no"})
     layer = ReplicatedLinear(WIDTH, 40)
     with set_current_vllm_config(settings):
@@ -994,14 +1005,14 @@ def a_setting_that_is_neither_true_nor_false_is_refused() -> None:
 
 @check
 def factored_experts_are_refused() -> None:
-    layout = Schema(
+    schema = Schema(
         modules={
             f"{BLOCK}.experts.0.up_proj": ModuleSpec(
                 form="cur", rank=2, in_features=8, out_features=8
             )
         }
     )
-    config = CURQuantizationConfig(layout)
+    config = CURQuantizationConfig(schema)
     raises(
         "experts.0.up_proj is factored, but vLLM runs it inside",
         lambda: config.get_quant_method(torch.nn.Module(), f"{BLOCK}.experts"),
