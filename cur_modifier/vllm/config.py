@@ -34,15 +34,15 @@ class CURQuantizationConfig(QuantizationConfig):
         inner: how the factors and the other layers are quantized; None where nothing is.
     """
 
-    def __init__(self, layout: Schema) -> None:
+    def __init__(self, schema: Schema) -> None:
         self.inner: QuantizationConfig | None = None
-        if layout.compressed_tensors:
+        if schema.compressed_tensors:
             self.inner = get_quantization_config("compressed-tensors").from_config(
-                copy.deepcopy(layout.compressed_tensors)  # which it changes
+                copy.deepcopy(schema.compressed_tensors)  # which it changes
             )
         super().__init__()
-        self.layout = layout
-        self.modules = dict(layout.modules)
+        self.schema = schema
+        self.modules = dict(schema.modules)
         self._claimed: set[str] = set()
         self._pipeline = False
 
@@ -53,9 +53,9 @@ class CURQuantizationConfig(QuantizationConfig):
         Raises:
             SchemaError: an unknown schema version, or a variant that this version does not serve.
         """
-        layout = Schema.read(config)
-        layout.check_supported()
-        return cls(layout)
+        schema = Schema.read(config)
+        schema.check_supported()
+        return cls(schema)
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -94,8 +94,8 @@ class CURQuantizationConfig(QuantizationConfig):
         """
         super().maybe_update_config(model_name, hf_config=hf_config, revision=revision)
         if files := sorted(Path(model_name).glob("*.safetensors")):
-            self.layout.check_tensors(stored_shapes(files))
-            self.layout.check_files(Path(model_name))
+            self.schema.check_tensors(stored_shapes(files))
+            self.schema.check_files(Path(model_name))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Call the modules what vLLM's model class calls them."""
@@ -143,7 +143,7 @@ class CURQuantizationConfig(QuantizationConfig):
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-        from cur_modifier.vllm.linear import FactoredLinearMethod
+        from cur_modifier.vllm.method import FactoredLinearMethod
 
         if self.inner is not None:
             from cur_modifier.vllm.kernels import stand_in
@@ -151,14 +151,16 @@ class CURQuantizationConfig(QuantizationConfig):
             stand_in()
         if isinstance(layer, LinearBase):
             names = self._parts(prefix)
-            parts = {name: self.modules.get(name) for name in names}
-            if any(parts.values()):
+            specs = {name: self.modules.get(name) for name in names}
+            if any(specs.values()):
                 self._check_skeletons(prefix, names)
-                self._claimed.update(parts)
+                self._claimed.update(specs)
                 current = get_current_vllm_config()
                 self._pipeline = current.parallel_config.pipeline_parallel_size > 1
                 kept = _keeps_factors(current.additional_config)
-                return FactoredLinearMethod(parts, self, keep_factors=kept)
+                return FactoredLinearMethod(
+                    specs, self.inner, self.check_claimed, keep_factors=kept
+                )
         elif prefix and (inside := [m for m in self.modules if m.startswith(f"{prefix}.")]):
             raise SchemaError(
                 f"{inside[0]} is factored, but vLLM runs it inside {prefix} as one "

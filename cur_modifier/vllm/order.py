@@ -1,11 +1,10 @@
 """Putting the outputs of a factored Linear in order.
 
-Its products give the outputs in pieces, skeleton first. The stage puts the neurons of an MLP in
+Its products give the outputs in pieces, skeleton first. `CURModifier` puts the neurons of an MLP in
 that sequence, and then the pieces need only be laid side by side. Any other order, moved number by
 number, costs as much as a third of a product. A compiler makes one loop of it and of what reads the
 outputs, and saves the memory traffic. Where nothing is compiled, pairs of 16-bit numbers are moved
-as words, which the stage's choice of skeletons allows for: at 256 tokens 3 % of a 2048×2048
-product.
+as words, which its choice of skeletons allows for: at 256 tokens 3 % of a 2048×2048 product.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,13 +12,14 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from cur_modifier.forms.schema import SchemaError
-
-if TYPE_CHECKING:
-    from cur_modifier.vllm.parts import Part
+from cur_modifier.vllm.parts import Part
 
 __all__ = ["DAMAGED", "Slots", "check_finite"]
 
 DAMAGED = "The files were changed or damaged: download or save the checkpoint again."
+
+# vLLM's own parameter of this name takes the tensors that are called so.
+_BIAS = "bias"
 
 
 class Slots:
@@ -66,8 +67,11 @@ class Slots:
         self.loaders[key][part.shard_id] = (part.name, load)
         self.missing.add(f"{part.name}.{key}")
 
-    def add_bias(self, part: Part, key: str) -> None:
-        """A slot that hands a factor's bias to the layer's, which vLLM makes after the weights."""
+    def add_bias(self, part: Part) -> None:
+        """Where a factor holds the part's bias, a slot that hands it to the layer's bias, which
+        vLLM makes after the weights."""
+        if part.spec is None or not part.spec.bias or part.spec.sizes.bias == _BIAS:
+            return
         shard = () if part.shard_id is None else (part.shard_id,)
 
         def load(tensor: torch.Tensor) -> None:
@@ -79,7 +83,7 @@ class Slots:
                 )
             bias.weight_loader(bias, tensor, *shard)
 
-        self.add(part, key, load)
+        self.add(part, part.spec.sizes.bias, load)
 
     def _receive(
         self, key: str, slot: nn.Parameter, tensor: torch.Tensor, shard_id: Any = None

@@ -1,0 +1,49 @@
+from unittest import mock
+
+import torch
+from linears import BLOCK, FUSED, WIDTH, Example, refused, sharing
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.models.utils import WeightsMapper
+
+from cur_modifier.forms.schema import ModuleSpec, Schema
+from cur_modifier.vllm.config import KEEP_FACTORS, CURQuantizationConfig
+
+
+def config_of(examples: dict[str, Example]) -> CURQuantizationConfig:
+    return CURQuantizationConfig(
+        Schema(modules={f"{BLOCK}.{name}": example.spec for name, example in examples.items()})
+    )
+
+
+def test_a_skeleton_of_another_linear_is_refused() -> None:
+    config = config_of(sharing({"q_proj": 32, "o_proj": 32}, "q_proj", 20))
+    config.packed_modules_mapping = FUSED
+    message = f"{BLOCK}.o_proj uses the skeleton of {BLOCK}.q_proj, which vLLM does not run in the"
+    with refused(f"{message} same"):
+        RowParallelLinear(WIDTH, 32, bias=False, quant_config=config, prefix=f"{BLOCK}.o_proj")
+
+
+def test_leaders_have_the_names_that_vllm_gives() -> None:
+    config = config_of(sharing({"gate_proj": 24, "up_proj": 24}, "up_proj", 20))
+    mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
+    with mock.patch.object(CURQuantizationConfig, "_check_tensor_parallel"):
+        config.apply_vllm_mapper(mapper)
+    block = f"language_model.{BLOCK}"
+    assert config.modules[f"{block}.gate_proj"].shared_skeleton == f"{block}.up_proj"
+    assert config.modules[f"{block}.up_proj"].shared_skeleton is None
+
+
+def test_a_setting_that_is_neither_true_nor_false_is_refused() -> None:
+    config = config_of({"o_proj": Example("id", 40, 2)})
+    settings = VllmConfig(additional_config={KEEP_FACTORS: "no"})
+    layer = ReplicatedLinear(WIDTH, 40)
+    with set_current_vllm_config(settings), refused(KEEP_FACTORS, ValueError):
+        config.get_quant_method(layer, f"{BLOCK}.o_proj")
+
+
+def test_factored_experts_are_refused() -> None:
+    spec = ModuleSpec(form="cur", rank=2, in_features=8, out_features=8)
+    config = CURQuantizationConfig(Schema(modules={f"{BLOCK}.experts.0.up_proj": spec}))
+    with refused("experts.0.up_proj is factored, but vLLM runs it inside"):
+        config.get_quant_method(torch.nn.Module(), f"{BLOCK}.experts")
