@@ -90,7 +90,7 @@ def test_refused_before_calibration(
         ({"rank": {}}, "exactly one"),
         ({"scores": "wandda"}, "'wanda', 'gram', 'diag' or 'weight'"),
         ({"selection": "best"}, "'deim', 'qdeim'"),
-        ({"form": "svd"}, "'cur' or 'id'"),
+        ({"form": "svd"}, "no form 'svd'; choose cur, id"),
         ({"fit": "hessian"}, "'gram', 'diag' or 'weight'"),
         ({"form": "id", "scores": "gram"}, "scores 'gram' guide a selection"),
         (
