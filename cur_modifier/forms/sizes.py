@@ -176,7 +176,18 @@ class RowIDSizes(Sizes):
         return spec.rank if spec.direct_outputs is None else spec.direct_outputs
 
 
-FORMS: dict[str, Sizes] = {"cur": CURSizes(), "id": RowIDSizes()}
+class LowRankSizes(Sizes):
+    """``A (m, r)``, ``B (r, n)``: ``r (m + n)`` parameters."""
+
+    module = "low_rank"
+    bias = "lr_a.bias"
+
+    def factors(self, spec: Sized) -> dict[str, tuple[int, int]]:
+        m, n, r = spec.out_features, spec.in_features, spec.rank
+        return {"lr_b": (r, n), "lr_a": (m, r)}
+
+
+FORMS: dict[str, Sizes] = {"cur": CURSizes(), "id": RowIDSizes(), "low_rank": LowRankSizes()}
 """Every form by its name in a recipe and in a checkpoint."""
 
 

@@ -26,8 +26,8 @@ from cur_modifier.vllm.config import KEEP_FACTORS, CURQuantizationConfig
 WIDTH, HEAD, GROUP = 32, 8, 32
 BLOCK = "model.layers.0.block"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-FORMS = ("dense", "cur", "id")
-FACTORED = ("cur", "id")
+FORMS = ("dense", "cur", "id", "low_rank")
+FACTORED = FORMS[1:]
 
 QKV = {"q_proj": 4 * HEAD, "k_proj": 2 * HEAD, "v_proj": 2 * HEAD}
 QKV_SIZES = (WIDTH, HEAD, 4, 2)
@@ -88,13 +88,17 @@ class Example:
                 self.tensors |= {"cur_c.weight": c, "cur_u.weight": u, "cur_r.weight": r}
                 self.tensors |= {"rows": indices, "columns": indices}
                 self.product = c @ u @ r
+            elif form == "low_rank":
+                a, b = random(out, rank), random(rank, width)
+                self.tensors |= {"lr_a.weight": a, "lr_b.weight": b}
+                self.product = a @ b
             else:
                 s, t = random(rank, width), random(out - rank, rank)
                 order = torch.randperm(out, generator=generator)
                 self.tensors |= {"id_s.weight": s, "id_t.weight": t, "order": order.int()}
                 self.product = torch.cat([s, t @ s])[order]
         if self.bias is not None:
-            self.tensors["cur_c.bias" if form == "cur" else "bias"] = self.bias
+            self.tensors["bias" if self.spec is None else self.spec.sizes.bias] = self.bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.product, self.bias)

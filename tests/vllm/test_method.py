@@ -160,8 +160,9 @@ def test_what_is_multiplied_out_is_rounded_once(form: str) -> None:
     example = Example(form, 96, 2, width=64, rank=24)
     factors = {k: t.bfloat16() for k, t in example.tensors.items() if k.endswith("weight")}
     example.tensors |= factors
-    if form == "cur":
-        exact = torch.linalg.multi_dot([factors[f"cur_{name}.weight"].float() for name in "cur"])
+    chains = {"cur": ("cur_c", "cur_u", "cur_r"), "low_rank": ("lr_a", "lr_b")}
+    if form in chains:
+        exact = torch.linalg.multi_dot([factors[f"{n}.weight"].float() for n in chains[form]])
     else:
         s, t = (factors[f"id_{name}.weight"].float() for name in "st")
         exact = torch.cat([s, t @ s])[example.tensors["order"]]

@@ -4,7 +4,7 @@ from linears import QKV, QKV_SIZES, Example, built, inputs, load, outputs_of, pr
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 
-@pytest.mark.parametrize("form", ["cur", "id"])
+@pytest.mark.parametrize("form", ["cur", "id", "low_rank"])
 @pytest.mark.parametrize("rank", range(2))
 def test_a_dense_part_is_split_by_outputs(rank: int, form: str) -> None:
     """It is a product of its own then: the other parts' first factors are not split."""

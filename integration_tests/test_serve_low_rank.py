@@ -1,0 +1,84 @@
+"""Plain pairs through vLLM: alone, quantized, and on two ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import build
+from datasets import Dataset
+from llmcompressor import oneshot
+from served import by_engine, by_transformers, result, served, side_by_side
+from support import NO_PROCESSOR, recipe_text
+from test_low_rank import W4A16
+from transformers import AutoModelForCausalLM
+
+pytestmark = [pytest.mark.serve, pytest.mark.slow]
+
+STEPS = 16
+PAIRS = {
+    "targets": ["re:.*_proj$"],
+    "form": "low_rank",
+    "rank": {"fixed": 32},
+    "layers": {"select": "all"},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, random_tokens: Dataset
+) -> dict[str, Path]:
+    """A Llama of plain pairs, as they are and in 4 bits."""
+    folder = tmp_path_factory.mktemp("pairs")
+    build("llama").save_pretrained(folder / "dense")
+    found = {}
+    for name, then in (("float", None), ("four bits", W4A16)):
+        model = AutoModelForCausalLM.from_pretrained(folder / "dense")
+        recipe = recipe_text(PAIRS, then)
+        oneshot(model=model, recipe=recipe, dataset=random_tokens, processor=NO_PROCESSOR)
+        found[name] = folder / name.replace(" ", "_")
+        model.save_pretrained(found[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(
+    checkpoints: dict[str, Path], smollm2: Path, random_prompt: list[int]
+) -> dict[str, Any]:
+    tokenizer = ("--tokenizer", str(smollm2))
+    jobs: dict[str, Any] = {
+        "engine": partial(by_engine, checkpoints, smollm2, random_prompt, STEPS),
+        "two ranks": partial(
+            served,
+            checkpoints["float"],
+            checkpoints["float"].with_suffix(".log"),
+            random_prompt,
+            STEPS,
+            *("--enforce-eager", "--tensor-parallel-size", "2", *tokenizer),
+        ),
+    }
+    found = side_by_side(jobs)
+    return {"two ranks": found["two ranks"]} | result(found, "engine")
+
+
+@pytest.mark.parametrize("case", ["float", "two ranks"])
+def test_served_as_transformers_computes_it(
+    case: str, answers: dict[str, Any], checkpoints: dict[str, Path], random_prompt: list[int]
+) -> None:
+    wanted = by_transformers(checkpoints["float"], random_prompt, STEPS)
+    found = result(answers, case)
+    assert found.distance(wanted) < 1e-3
+    assert found.greedy == wanted.greedy
+
+
+def test_four_bits_are_served_as_loaded(
+    answers: dict[str, Any], checkpoints: dict[str, Path], random_prompt: list[int]
+) -> None:
+    """As far as a kernel's own rounding allows: no further than bfloat16 moves transformers."""
+    path = checkpoints["four bits"]
+    wanted = by_transformers(path, random_prompt, STEPS)
+    rounded = by_transformers(path, random_prompt, STEPS, torch.bfloat16)
+    assert result(answers, "four bits").deviation(wanted) <= 1.5 * rounded.deviation(wanted)
