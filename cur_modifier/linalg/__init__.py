@@ -1,7 +1,13 @@
 """Linear algebra of structured compression: tensors in, tensors out, no ``torch.nn``."""
 
 from cur_modifier.linalg.anchor import anchored_target
-from cur_modifier.linalg.budget import RankCurve, allocate_ranks, apportion, truncation_tail
+from cur_modifier.linalg.budget import (
+    RankCurve,
+    allocate_ranks,
+    apportion,
+    skeleton_shares,
+    truncation_tail,
+)
 from cur_modifier.linalg.cur import CUR, cur
 from cur_modifier.linalg.low_rank import LowRank, low_rank
 from cur_modifier.linalg.metric import (
@@ -23,7 +29,6 @@ from cur_modifier.linalg.row_id import (
     interpolative_aligned,
     row_id_of_pair,
     row_ids_in_one_order,
-    skeleton_shares,
     split_rows,
 )
 from cur_modifier.linalg.scores import Score, score

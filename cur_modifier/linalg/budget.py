@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["RankCurve", "allocate_ranks", "apportion", "truncation_tail"]
+from cur_modifier.linalg.low_rank import low_rank
+from cur_modifier.linalg.selection import deim
+
+__all__ = ["RankCurve", "allocate_ranks", "apportion", "skeleton_shares", "truncation_tail"]
 
 _BISECTIONS = 100
 _SMALLEST_PRICE = 1e-18
@@ -92,6 +95,35 @@ def allocate_ranks(
                 high, picks = middle, trial
     _spend_the_rest(options, picks, budget)
     return [ranks[pick] for pick, (ranks, _, _) in zip(picks, options, strict=True)]
+
+
+def skeleton_shares(
+    W: torch.Tensor,
+    rank: int,
+    sizes: Sequence[int],
+    *,
+    multiple_of: int = 1,
+    outputs: torch.Tensor | None = None,
+) -> list[int]:
+    """How many rows of a joint skeleton each block of ``W = [W_1; W_2; …] (m, n)`` best gives.
+
+    The number of pivots that each has in the LU of the optimal rank-``r`` approximation of ``W``,
+    rounded by :func:`apportion`: what to fix before the activations are known.
+
+    Args:
+        sizes: ``m_k`` of every block, top to bottom.
+        outputs: metric ``H`` of the stacked outputs, as for :func:`low_rank`.
+
+    Cost: that of :func:`low_rank` without ``gram``, and ``m r²`` flops.
+
+    Raises:
+        ValueError: as :func:`low_rank` and :func:`apportion`.
+    """
+    pivots = deim(low_rank(W, rank, outputs=outputs).A)
+    ends = torch.tensor(list(sizes), device=pivots.device).cumsum(0)
+    block = torch.bucketize(pivots, ends, right=True)
+    found = torch.bincount(block, minlength=len(sizes)).tolist()
+    return apportion(found, sizes, rank, multiple_of=multiple_of)
 
 
 def apportion(

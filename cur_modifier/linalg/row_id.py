@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cur_modifier.linalg.budget import apportion
 from cur_modifier.linalg.checks import prepared, require_finite, require_indices, require_rank
 from cur_modifier.linalg.fit import fit_right
 from cur_modifier.linalg.low_rank import LowRank, low_rank
@@ -29,7 +28,7 @@ from cur_modifier.linalg.pivots import (
     well_conditioned_rows,
 )
 from cur_modifier.linalg.problem import Problem
-from cur_modifier.linalg.selection import deim, select_rows
+from cur_modifier.linalg.selection import select_rows
 from cur_modifier.linalg.subspace import lstsq
 
 __all__ = [
@@ -38,7 +37,6 @@ __all__ = [
     "interpolative_aligned",
     "row_id_of_pair",
     "row_ids_in_one_order",
-    "skeleton_shares",
     "solve",
     "solve_together",
     "split_rows",
@@ -143,7 +141,7 @@ def interpolative(
     S = W[rows]
     wanted = (W if target is None else target.to(W))[rest]
     T = fit_right(wanted.double(), S.double(), gram, W.dtype, noise)
-    return RowID(S=S, T=T.to(W), order=_stacking_order(rows, rest))
+    return RowID(S=S, T=T.to(W), order=torch.cat([rows, rest]).argsort())
 
 
 def interpolative_aligned(
@@ -322,45 +320,12 @@ def split_rows(joint: RowID, sizes: Sequence[int]) -> list[RowID]:
     return parts
 
 
-def skeleton_shares(
-    W: torch.Tensor,
-    rank: int,
-    sizes: Sequence[int],
-    *,
-    multiple_of: int = 1,
-    outputs: torch.Tensor | None = None,
-) -> list[int]:
-    """How many rows of a joint skeleton each block of ``W = [W_1; W_2; …] (m, n)`` best gives.
-
-    The number of pivots that each has in the LU of the optimal rank-``r`` approximation of ``W``,
-    rounded by :func:`apportion`: what to fix before the activations are known.
-
-    Args:
-        sizes: ``m_k`` of every block, top to bottom.
-        outputs: metric ``H`` of the stacked outputs, as for :func:`low_rank`.
-
-    Cost: that of :func:`low_rank` without ``gram``, and ``m r²`` flops.
-
-    Raises:
-        ValueError: as :func:`low_rank` and :func:`apportion`.
-    """
-    pivots = deim(low_rank(W, rank, outputs=outputs).A)
-    ends = torch.tensor(list(sizes), device=pivots.device).cumsum(0)
-    block = torch.bucketize(pivots, ends, right=True)
-    found = torch.bincount(block, minlength=len(sizes)).tolist()
-    return apportion(found, sizes, rank, multiple_of=multiple_of)
-
-
 def _on_rows(pair: LowRank, chosen: torch.Tensor, rest: torch.Tensor) -> RowID:
     """The pair as a row ID whose skeleton is made of the rows ``chosen`` of ``A``."""
     A = pair.A.double()
     T = lstsq(A[chosen].mT, A[rest].mT).mT
     S = A[chosen] @ pair.B.double()
-    return RowID(S=S.to(pair.B), T=T.to(pair.B), order=_stacking_order(chosen, rest))
-
-
-def _stacking_order(chosen: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    return torch.argsort(torch.cat([chosen, rest]))
+    return RowID(S=S.to(pair.B), T=T.to(pair.B), order=torch.cat([chosen, rest]).argsort())
 
 
 def _require_row_id(pair: LowRank) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "prune_block",
     "recipe_as_given",
     "refuse_distributed",
+    "refuse_shared_pass",
     "weight_bits",
 ]
 
@@ -54,6 +55,19 @@ def refuse_distributed() -> None:
 def modifiers_of_this_pass() -> list[Modifier]:
     """The modifiers that share the running calibration pass."""
     return list(active_session().lifecycle.recipe.modifiers)
+
+
+def refuse_shared_pass(modifier: Modifier) -> None:
+    """Raises:
+    ValueError: another modifier shares the running calibration pass.
+    """
+    sharing = [type(m).__name__ for m in modifiers_of_this_pass() if m is not modifier]
+    if sharing:
+        raise ValueError(
+            f"{type(modifier).__name__} shares its calibration pass with {sharing}, which would "
+            "calibrate on factors that are not fitted yet. Call oneshot with its default "
+            "`pipeline='independent'`."
+        )
 
 
 def followers(modifier: Modifier) -> list[Modifier]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from typing import Literal, Self
 
@@ -243,3 +245,59 @@ class LayersConfig(BaseModel):
     def resolved_count(self) -> int:
         """``count`` with its default."""
         return self.count if self.count is not None else DEFAULT_LAYER_COUNT
+
+    def pool(self, total: int) -> list[int]:
+        """Indices of the layers that may be chosen of ``total``, before any data is seen.
+
+        Raises:
+            ValueError: an index outside the model, or fewer layers than ``count``.
+        """
+        if isinstance(self.select, list):
+            bad = [index for index in self.select if not 0 <= index < total]
+            if bad or not self.select:
+                raise ValueError(
+                    f"layers.select holds {bad or 'nothing'}; the model has layers 0 to "
+                    f"{total - 1}."
+                )
+            return sorted(set(self.select))
+        if self.select == "all":
+            return list(range(total))
+        count = self.resolved_count
+        anywhere = self.select in ("last", "sensitivity")
+        pool = list(range(total)) if anywhere else list(range(1, total - 1))
+        if count > len(pool):
+            excluded = "" if anywhere else ", first and last excluded"
+            raise ValueError(
+                f"layers.count is {count}, but the model has {len(pool)} layers to choose from "
+                f"({total} in all{excluded}). Lower `layers.count`, or use "
+                "`layers: {select: all}`."
+            )
+        return pool[-count:] if self.select == "last" else pool
+
+    def check_count(self, pool: Collection[int]) -> None:
+        """Raises:
+        ValueError: fewer layers of the pool have targets, those in ``pool``, than are to be chosen.
+        """
+        chooses = self.select in ("angular", "random", "sensitivity")
+        if chooses and self.resolved_count > len(pool):
+            raise ValueError(
+                f"layers.count is {self.resolved_count}, but the targets match modules in "
+                f"{len(pool)} of the layers to choose from. Lower `layers.count`."
+            )
+
+    def choose(self, pool: Collection[int], seed: int, costs: Sequence[float] | None) -> list[int]:
+        """The chosen layer indices, ascending.
+
+        Args:
+            pool: candidate layers that have targets; at least as many as are to be chosen.
+            costs: by layer, of which the least are taken: angular distances for ``angular``,
+                expected growth of the loss for ``sensitivity``. Ties go to the deeper layer.
+        """
+        chosen = sorted(pool)
+        if self.select == "random":
+            chosen = random.Random(seed).sample(chosen, self.resolved_count)
+        elif self.select in ("angular", "sensitivity"):
+            assert costs is not None
+            chosen.sort(key=lambda index: (costs[index], -index))
+            chosen = chosen[: self.resolved_count]
+        return sorted(chosen)

@@ -29,7 +29,7 @@ __all__ = ["CURModifier"]
 
 
 class CURModifier(CURSettings):
-    """Replaces Linear layers by CUR or interpolative factors, guided by activations.
+    """Replaces Linear layers by CUR, interpolative or plain factors, guided by activations.
 
     Defaults are those of CURing (Park and Moon 2025): q, k and gate projections of the ten layers
     that turn the hidden state least, rows and columns by DEIM on WANDA scores, the largest rank
@@ -76,7 +76,8 @@ class CURModifier(CURSettings):
         regular expression after ``re:``
     :param ignore: modules to leave dense although a target matches
     :param form: a name in :data:`cur_modifier.forms.sizes.FORMS`: ``cur`` (real rows and columns),
-        ``id`` (row interpolative decomposition)
+        ``id`` (row interpolative decomposition), ``low_rank`` (a plain pair ``A B``, optimal; ``id``
+        stores ``r²`` numbers fewer)
     :param scores: what a row or column is worth to the selection; ``wanda`` for CUR
     :param selection: how rows and columns are picked; ``deim`` for CUR. ``greedy`` picks those that
         lower the error in the norm of the fit most, and takes no scores. A row ID without a
@@ -136,14 +137,7 @@ class CURModifier(CURSettings):
             ValueError: another stage shares this calibration pass.
         """
         with self._failing_run():
-            sharing = [m for m in upstream.modifiers_of_this_pass() if m is not self]
-            if sharing:
-                names = [type(m).__name__ for m in sharing]
-                raise ValueError(
-                    f"CURModifier shares its calibration pass with {names}, which would calibrate "
-                    "on factors that are not fitted yet. Call oneshot with its default "
-                    "`pipeline='independent'`."
-                )
+            upstream.refuse_shared_pass(self)
             assert self._engine is not None
             self._engine.start(state.model, state.data.calib)
 

@@ -19,7 +19,6 @@ from cur_modifier.modifiers.cur.candidates import (
     joined,
     with_direct_outputs,
 )
-from cur_modifier.modifiers.cur.choice import candidate_layers, check_count, choose_layers
 from cur_modifier.modifiers.cur.config import Fit
 from cur_modifier.modifiers.cur.followers import check_followers
 from cur_modifier.modifiers.cur.ranks import expected_growth, with_budget, with_ranks
@@ -76,9 +75,9 @@ def check(settings: CURSettings, model: nn.Module, batches: Any) -> Plan:
             the remedy.
     """
     layers = decoder_layers(model)
-    allowed = candidate_layers(settings.layers, len(layers))
+    allowed = settings.layers.pool(len(layers))
     candidates = find_candidates(model, layers, allowed, settings.targets, settings.ignore)
-    check_count(settings.layers, {candidate.layer for candidate in candidates})
+    settings.layers.check_count({candidate.layer for candidate in candidates})
     if settings.share_skeleton:
         with trial(model) as run:
             candidates = joined(model, layers, candidates, run)
@@ -119,7 +118,7 @@ def make_plan(draft: Plan, model: nn.Module, batches: Any) -> Plan:
             len(draft.layers),
         )
     pool = {c.layer for c in draft.candidates}
-    chosen = choose_layers(settings.layers, pool, settings.seed, costs)
+    chosen = settings.layers.choose(pool, settings.seed, costs)
     candidates = [c for c in draft.candidates if c.layer in chosen]
     if settings.rank.energy is not None:
         candidates = _by_energy(settings, candidates, squares)
