@@ -76,8 +76,7 @@ class CURModifier(CURSettings):
         regular expression after ``re:``
     :param ignore: modules to leave dense although a target matches
     :param form: a name in :data:`cur_modifier.forms.sizes.FORMS`: ``cur`` (real rows and columns),
-        ``id`` (row interpolative decomposition), ``low_rank`` (a plain pair ``A B``, optimal; ``id``
-        stores ``r²`` numbers fewer)
+        ``id`` (row interpolative decomposition), ``low_rank`` (a plain pair, ``r²`` numbers more)
     :param scores: what a row or column is worth to the selection; ``wanda`` for CUR
     :param selection: how rows and columns are picked; ``deim`` for CUR. ``greedy`` picks those that
         lower the error in the norm of the fit most, and takes no scores. A row ID without a
