@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from loguru import logger
-from support import NO_PROCESSOR, REPOSITORY, Compress, load_script, recipe_text
+from support import NO_PROCESSOR, Compress, recipe_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -35,6 +35,7 @@ from transformers import (
 
 import cur_modifier  # noqa: F401 - registers the stage and the quantizer
 from cur_modifier.data import calibration_dataset
+from tools.smollm2 import smollm2 as fetch_smollm2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,7 +85,7 @@ def log() -> Iterator[list[str]]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Directory of SmolLM2-135M-Instruct, float32."""
-    return load_script(REPOSITORY / "tools" / "smollm2.py").smollm2()
+    return fetch_smollm2()
 
 
 @pytest.fixture(scope="session")

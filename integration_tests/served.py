@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import CORES, REPOSITORY, load_script
+from support import CORES
 from transformers import AutoModelForCausalLM
 
 from cur_modifier.precision import has_bfloat16_units
-
-vllm_server = load_script(REPOSITORY / "tools" / "vllm_server.py")
+from tools import vllm_server
 
 MAX_LENGTH = 512
 # For what asks for many tokens and no particular dtype: a CPU without units for bfloat16 emulates

@@ -1,9 +1,8 @@
-"""What the integration tests share besides fixtures: recipes as data, this repository's scripts."""
+"""What the integration tests share besides fixtures: recipes as data, runs of the projects."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import subprocess
 import sys
@@ -26,16 +25,6 @@ class _Processor:
 
 
 NO_PROCESSOR = _Processor()
-
-
-def load_script(path: Path) -> Any:
-    """A script of this repository as a module."""
-    spec = importlib.util.spec_from_file_location(f"script {path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[f"script {path.stem}"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def project_command(

@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from files import read_rows
-from quality.__main__ import main
-from quality.calibration import input_statistics, kept_statistics, projections
-from quality.methods import METHODS, Calibration
-from quality.protocol import calibration_windows, evaluation_windows
-from quality.results import key
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cur_modifier.rows import read_rows
+from mlflow_projects.bench.quality.__main__ import main
+from mlflow_projects.bench.quality.calibration import (
+    Calibration,
+    input_statistics,
+    kept_statistics,
+    projections,
+)
+from mlflow_projects.bench.quality.methods import METHODS
+from mlflow_projects.bench.quality.protocol import calibration_windows, evaluation_windows
+from mlflow_projects.bench.quality.results import key
 
 LAYERS = 3  # of bench_model; too few for CURing's ten
 

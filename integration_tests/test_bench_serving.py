@@ -7,8 +7,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from serving import __main__ as bench
-from serving.forms import DEFAULT, DENSE, MODELS, VARIANTS, Variant
+
+from mlflow_projects.bench.serving import __main__ as bench
+from mlflow_projects.bench.serving import comparison
+from mlflow_projects.bench.serving.forms import DEFAULT, DENSE, MODELS, VARIANTS, Variant
 
 TINY = {
     "hidden_size": 128,
@@ -107,18 +109,18 @@ def test_factored_and_quantized_is_measured_beside_dense_in_the_same_bits(
     ],
 )
 def test_what_a_variant_is_measured_beside(variant: str, beside: list[str]) -> None:
-    assert [str(other) for other in bench.compared(VARIANTS[variant])] == beside
+    assert [str(other) for other in comparison.compared(VARIANTS[variant])] == beside
 
 
 def test_variants_are_measured_together_as_far_as_their_engines_fit() -> None:
     default = [VARIANTS[name] for name in DEFAULT]
-    assert bench.measured_together(default) == [default]
-    groups = bench.measured_together(list(VARIANTS.values()))
+    assert comparison.measured_together(default) == [default]
+    groups = comparison.measured_together(list(VARIANTS.values()))
     assert [variant for group in groups for variant in group] == list(VARIANTS.values())
     for group in groups:
-        engines = bench.with_compared(group)
+        engines = comparison.with_compared(group)
         assert engines[0] == DENSE and set(group) <= set(engines)
-        assert len(engines) == len(set(engines)) <= bench.MOST_ENGINES
+        assert len(engines) == len(set(engines)) <= comparison.MOST_ENGINES
 
 
 def test_a_model_that_does_not_load_is_reported(
@@ -126,7 +128,7 @@ def test_a_model_that_does_not_load_is_reported(
 ) -> None:
     with (
         pytest.raises(EOFError),
-        bench.engine(tmp_path / "nothing", "float32"),
+        comparison.engine(tmp_path / "nothing", "float32"),
     ):
         pass
     assert "nothing" in (tmp_path / "nothing.log").read_text()

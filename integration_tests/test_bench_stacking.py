@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stacking import Point, main, plot
+
+from mlflow_projects.bench.stacking import Point, main, plot
 
 ROW = ["ratio", "bits", "group_size", "bytes", "ppl_wikitext", "seconds"]
 

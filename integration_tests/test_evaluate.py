@@ -8,7 +8,6 @@ import io
 import json
 import re
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from support import REPOSITORY, load_script, refusal, run_project
+from support import REPOSITORY, refusal, run_project
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cur_modifier.data import token_windows
 from cur_modifier.evaluate import perplexity
+from mlflow_projects import figures
+from mlflow_projects.evaluate import __main__ as evaluate
+from mlflow_projects.evaluate import backends, local_tasks, tasks
+from tools.vllm_server import serve
 
-EVALUATE = REPOSITORY / "mlflow_projects" / "evaluate" / "evaluation.py"
 NAMES = ("boolq", "piqa", "winogrande", "arc_easy", "mmlu_anatomy")
 
 
@@ -157,9 +159,8 @@ def direct(model: Path, data: Path, folder: Path) -> dict[str, float]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    tasks = load_script(EVALUATE.with_name("local_tasks.py"))
     if not folder.exists():
-        tasks.write_tasks(data, folder)
+        local_tasks.write_tasks(data, folder)
     results = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model), "dtype": "float32", "device": "cpu"},
@@ -175,10 +176,8 @@ def direct(model: Path, data: Path, folder: Path) -> dict[str, float]:
     }
 
 
-def test_a_server_may_know_the_end_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_may_know_the_end_of_a_path() -> None:
     """`vllm serve out` in a checkpoint's folder answers by that name."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    backends = load_script(EVALUATE.with_name("backends.py"))
     for name in ("/home/me/out", "out", "./out", "me/out"):
         assert backends._names(name, "/home/me/out"), name
     for name in (None, "", ".", "you/out", "ut", "/out", "/home/me/out/more"):
@@ -186,10 +185,7 @@ def test_a_server_may_know_the_end_of_a_path(monkeypatch: pytest.MonkeyPatch) ->
     assert backends._names("org/out", "org/out") and not backends._names("out", "org/out")
 
 
-def test_what_is_better_lower_has_a_panel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EVALUATE.parent))
-    tasks = load_script(EVALUATE.with_name("tasks.py"))
-    figures = load_script(EVALUATE.parents[1] / "figures.py")
+def test_what_is_better_lower_has_a_panel_of_its_own() -> None:
     results = {"lambada": {"perplexity,none": 30.0, "acc,none": 0.4}}
     better = {"lambada": {"perplexity": False, "acc": True}}
     found = list(tasks._figures(results, {}, better))
@@ -205,8 +201,7 @@ def test_local_questions_are_those_of_the_files(task_data: Path, tmp_path: Path)
     """lm-eval's own prompts, around what the files hold. Fails when upstream moves its tasks."""
     from lm_eval.tasks import TaskManager
 
-    tasks = load_script(EVALUATE.with_name("local_tasks.py"))
-    assert set(tasks.write_tasks(task_data, tmp_path / "made")) == set(NAMES)
+    assert set(local_tasks.write_tasks(task_data, tmp_path / "made")) == set(NAMES)
     loaded = TaskManager(include_path=str(tmp_path / "made")).load(list(NAMES))["tasks"]
 
     def prompts(name: str, index: int) -> tuple[str, Any, Any]:
@@ -232,9 +227,8 @@ def test_real_questions_are_all_read(tmp_path: Path) -> None:
     data = REPOSITORY.parent / "shared" / "data" / "zeroshot"
     if not data.is_dir():
         pytest.skip(f"no {data}")
-    tasks = load_script(EVALUATE.with_name("local_tasks.py"))
     made = tmp_path / "made"
-    names = tasks.write_tasks(data, made)
+    names = local_tasks.write_tasks(data, made)
 
     def lines(name: str) -> int:
         return sum(1 for _ in (made / name).open())
@@ -254,9 +248,6 @@ def test_vllm_agrees_with_transformers(
     smollm2: Path, reference_text: Path, task_data: Path, tmp_path: Path
 ) -> None:
     """The same figures through a server, one that the project starts and one that runs."""
-    sys.path.insert(0, str(REPOSITORY / "tools"))
-    from vllm_server import serve
-
     common = {
         "model": smollm2,
         "data": reference_text,
@@ -321,7 +312,6 @@ def test_bad_input_is_named_before_the_slow_part(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    script = load_script(EVALUATE)
     (tmp_path / "empty").mkdir()
     places = {"text": text, "folder": tmp_path, "tasks": task_data, "empty": tmp_path / "empty"}
     places["model"] = bench_model
@@ -331,7 +321,7 @@ def test_bad_input_is_named_before_the_slow_part(
     given: dict[str, Any] = {"model": str(bench_model), "data": str(text), "windows": "2"}
     given |= {"sequence-length": "64", **change}
     given = {k: v if v is None else v.format(**places) for k, v in given.items()}
-    assert re.search(message, refusal(script, given, capsys))
+    assert re.search(message, refusal(evaluate, given, capsys))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +342,6 @@ def test_broken_questions_are_named(
         tarfile.open(path, "w:gz").close()
     else:
         path.write_text(content)
-    tasks = load_script(EVALUATE.with_name("local_tasks.py"))
     with pytest.raises(ValueError, match=message):
-        tasks.write_tasks(task_data, tmp_path / "made")
+        local_tasks.write_tasks(task_data, tmp_path / "made")
     assert not list(tmp_path.glob("made*"))

@@ -8,8 +8,9 @@ from typing import Any
 
 import mlflow
 import pytest
-from mlflow_ui import FIGURES, MlflowServer, browser, chromium, open_comparison, open_figure
 from support import Compress
+
+from tools.mlflow_ui import FIGURES, MlflowServer, browser, chromium, open_comparison, open_figure
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium: apt install chromium")
 

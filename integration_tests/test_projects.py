@@ -12,8 +12,11 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from small_disk import small_disk
-from support import REPOSITORY, load_script, refusal, run_project
+from support import REPOSITORY, refusal, run_project
 from transformers import AutoModelForCausalLM
+
+from mlflow_projects import arguments, registry
+from mlflow_projects.compress import __main__ as compress
 
 PROJECTS = REPOSITORY / "mlflow_projects"
 
@@ -108,14 +111,12 @@ def test_bad_input_is_named_before_the_slow_part(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    script = load_script(PROJECTS / "compress" / "compress.py")
     given = {"model": "x", "recipe": "id", "data": str(text), "output": str(tmp_path / "out")}
     given |= {key: value.format(text=text, model=bench_model) for key, value in change.items()}
-    assert re.search(message, refusal(script, given, capsys))
+    assert re.search(message, refusal(compress, given, capsys))
 
 
 def test_figures_have_names_that_mlflow_takes(tmp_path: Path) -> None:
-    arguments = load_script(PROJECTS / "arguments.py")
     (tmp_path / "wiki (1)+2.test.raw").touch()
     assert arguments.text_name(str(tmp_path / "wiki (1)+2.test.raw")) == "wiki -1--2.test"
     assert arguments.text_name("Salesforce/wikitext") == "wikitext"
@@ -125,7 +126,6 @@ def test_a_model_whose_run_was_deleted_gets_no_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow still finds it, but takes no figures for its run."""
-    registry = load_script(PROJECTS / "registry.py")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'store.db'}")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'store.db'}")
     made = []
@@ -142,10 +142,9 @@ def test_a_model_whose_run_was_deleted_gets_no_figures(
 def test_a_path_in_the_folder_of_the_project_is_refused(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = load_script(PROJECTS / "compress" / "compress.py")
     monkeypatch.chdir(PROJECTS / "compress")
     with pytest.raises(SystemExit):
-        script.parse(["--recipe", "id", "--data", str(text), "--output", "out"])
+        compress.parse(["--recipe", "id", "--data", str(text), "--output", "out"])
     assert "-P output=$PWD/out" in capsys.readouterr().err
 
 

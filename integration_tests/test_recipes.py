@@ -13,9 +13,10 @@ import yaml
 from llmcompressor import oneshot
 from llmcompressor.recipe import Recipe
 from safetensors import safe_open
-from support import NO_PROCESSOR, REPOSITORY, W8A8, Compress, load_script, recipe_text, refusal
+from support import NO_PROCESSOR, REPOSITORY, W8A8, Compress, recipe_text, refusal
 from transformers import AutoModelForCausalLM
 
+from cur_modifier import compress as run
 from cur_modifier.forms.base import FactoredLinear
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
@@ -90,7 +91,7 @@ def test_a_recipe_of_which_a_part_would_do_nothing_is_refused(
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe)
     with pytest.raises(ValueError, match=message):
-        load_script(REPOSITORY / "recipes" / "run.py").check_recipe(path)
+        run.check_recipe(path)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,6 @@ def test_bad_input_is_named_before_the_slow_part(
     text = bench_data / "wikitext2-raw" / "wiki.valid.raw"
     given = {"model": bench_model, "calibrate": text, "output": tmp_path / "out", **change}
     given = {key: str(value).format(text=text) for key, value in given.items()}
-    run = load_script(REPOSITORY / "recipes" / "run.py")
     found = refusal(run, given, capsys, [str(REPOSITORY / "recipes" / "id.yaml")])
     assert re.search(message, found), found
     assert not (tmp_path / "out").exists()
@@ -127,13 +127,12 @@ def test_bad_input_is_named_before_the_slow_part(
 
 def test_an_output_may_lie_beside_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY / "recipes")
-    run = load_script(REPOSITORY / "recipes" / "run.py")
     given = ["id.yaml", "--model", "m", "--calibrate", "t", "--output", "out", "--results", "r"]
     assert run.parse(given).output == Path("out")
 
 
 def test_rows_of_one_recipe_on_other_texts_stand_side_by_side() -> None:
-    key = load_script(REPOSITORY / "recipes" / "run.py").row_key
+    key = run.row_key
     row = {"recipe": "id", "model": "smollm2", "calibration": "32 x 512 of a", "dtype": "float16"}
     assert key(row) == key(row | {"seconds": 3.0})
     for name in (*row, "evaluation"):
@@ -155,7 +154,6 @@ def test_checkpoints_are_bfloat16_on_every_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units})
-    run = load_script(REPOSITORY / "recipes" / "run.py")
     worked_in: list[torch.dtype] = []
 
     def observed(**given: Any) -> None:

@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from support import REPOSITORY, load_script, refusal, run_project
+from support import refusal, run_project
 
-PROJECT = REPOSITORY / "mlflow_projects" / "reproduce"
+from mlflow_projects.reproduce import __main__ as reproduce
+from mlflow_projects.reproduce import domains
 
 
 @pytest.fixture
 def given(bench_model: Path, bench_data: Path, tmp_path: Path) -> dict[str, Any]:
     sizes = {"samples": 4, "windows": 2, "sequence_length": 64, "layers": 1}
     return {"model": bench_model, "data": bench_data, "output": tmp_path / "out", **sizes}
-
-
-@pytest.fixture
-def domains(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", [str(PROJECT), *sys.path])
-    return load_script(PROJECT / "domains.py")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +81,7 @@ def test_an_experiment_is_a_section(
         assert (out / "decay.png").exists() and (out / "structure.png").exists()
 
 
-def test_calibration_and_evaluation_share_no_document(domains: Any, bench_data: Path) -> None:
+def test_calibration_and_evaluation_share_no_document(bench_data: Path) -> None:
     for name in domains.NAMES:
         found = domains.read(name, bench_data)
         assert found.calibration and found.evaluation
@@ -110,8 +104,7 @@ def test_bad_input_is_named_before_the_slow_part(
     given: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    script = load_script(PROJECT / "reproduce.py")
     wanted = {key: str(value) for key, value in given.items()}
     wanted |= {key: value.format(model=given["model"]) for key, value in change.items()}
-    assert re.search(message, refusal(script, wanted, capsys, ["selection"]))
+    assert re.search(message, refusal(reproduce, wanted, capsys, ["selection"]))
     assert not (given["output"] / "selection.json").exists()

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from support import (
-    REPOSITORY,
-    load_script,
     project_command,
     project_environment,
     refusal,
@@ -23,7 +20,7 @@ from support import (
 )
 from transformers import AutoModelForCausalLM
 
-SWEEP = REPOSITORY / "mlflow_projects" / "sweep" / "sweep.py"
+from mlflow_projects.sweep import __main__ as sweep
 
 
 @pytest.fixture
@@ -173,9 +170,7 @@ def test_bad_input_is_named_before_the_first_trial(
     text: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    sys.path.insert(0, str(SWEEP.parent))
-    script = load_script(SWEEP)
     wanted = {key: str(value) for key, value in given.items()} | {"ratios": "0.8"} | change
     wanted = {key: value.format(text=text) for key, value in wanted.items()}
-    assert re.search(message, refusal(script, wanted, capsys))
+    assert re.search(message, refusal(sweep, wanted, capsys))
     assert not given["output"].exists()

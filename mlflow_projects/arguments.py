@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 
+from cur_modifier.compress import check_folder, count, whole
 
-def count(text: str) -> int:
-    """A whole number from 1; MLflow writes those of a project as 64.0 or 64."""
-    return _whole(text, 1)
+__all__ = [
+    "check_folder",
+    "check_output",
+    "count",
+    "count_or_none",
+    "elsewhere",
+    "names",
+    "text_name",
+    "whole",
+]
 
 
 def count_or_none(text: str) -> int | None:
     """A whole number from 0, where 0 stands for no limit, or for the default."""
     return whole(text) or None
-
-
-def whole(text: str) -> int:
-    """A whole number from 0."""
-    return _whole(text, 0)
 
 
 def names(text: str) -> list[str]:
@@ -52,23 +54,3 @@ def check_output(parser: argparse.ArgumentParser, output: Path, project: Path) -
             "Give a whole path: -P output=$PWD/out."
         )
     check_folder(parser, "output", output)
-
-
-def check_folder(parser: argparse.ArgumentParser, option: str, folder: Path) -> None:
-    """End with an error where ``folder`` can't be made or written to."""
-    held = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not held.is_dir():
-        within = "" if held == folder else f" lies below {held}, which"
-        parser.error(f"{option} {folder}{within} is a file. Name a folder.")
-    if not os.access(held, os.W_OK | os.X_OK):
-        parser.error(f"{option} {folder}: no permission to write in {held}. Name another folder.")
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        value = float(text)
-        if value != int(value) or value < least:
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least}.") from None
-    return int(value)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from cur_modifier.checkpoint.files import replacing
+
 BLUE, GREY = "#0072B2", "#999999"  # Okabe and Ito's palette
 PALETTE = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def put_figure(path: Path, figure: Figure) -> None:
+    """Write a figure, whole or not at all."""
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150)
 
 
 def label_within_decades(axis: Any) -> None:

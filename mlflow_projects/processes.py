@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import resource
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["apart"]
+__all__ = ["apart", "peak_rss_bytes"]
 
 Result = TypeVar("Result")
 
@@ -36,6 +39,16 @@ def apart(function: Callable[..., Result], *arguments: Any) -> Result:
     finally:
         process.kill()
         process.join()
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # exact; rusage starts from the size of the process that spawned this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _send(function: Callable[..., Any], arguments: tuple[Any, ...], sender: Connection) -> None:

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.vllm_server import CPU_SETTINGS, ServerError, serve, vllm_program
+
 # Warnings and progress bars are enough here; the whole log of a run is llm-compressor's default.
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tools"))
-
 OUT = Path("demo_out")
 RECIPES = ("cur_then_gptq", "id_then_gptq")
 SAMPLES, SEQUENCE_LENGTH = 32, 384
@@ -61,15 +61,15 @@ def main() -> None:
     check_serving()
     import torch
     import yaml
-    from run import compress, save_dense, weight_bytes
-    from smollm2 import smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from cur_modifier.compress import compress, save_dense, weight_bytes
     from cur_modifier.data import read_documents, token_windows
     from cur_modifier.evaluate import perplexity
     from cur_modifier.modifiers.report import parameter_count
     from cur_modifier.precision import computed_dtype
+    from tools.smollm2 import smollm2
 
     logging.set_verbosity_error()
     dtype = computed_dtype(torch.bfloat16)
@@ -133,7 +133,6 @@ def main() -> None:
 def check_serving() -> None:
     """Raise where the last step could not run: now, and not after minutes of compression."""
     import openai  # noqa: F401
-    from vllm_server import vllm_program
 
     vllm_program()
 
@@ -238,8 +237,6 @@ def print_answers(answers: dict[str, list[str]]) -> None:
 
 def serve_and_chat(directory: Path, question: str) -> None:
     """Serve a checkpoint with `vllm serve`, ask it a question as an OpenAI client, and end it."""
-    from vllm_server import serve
-
     log = OUT / "vllm.log"
     print(f"\n== Serving {directory} with vLLM. To do the same:\n")
     print_serve_commands(directory, question)
@@ -282,7 +279,6 @@ def stream_answer(base_url: str, question: str) -> None:
 def print_serve_commands(directory: Path, question: str) -> None:
     """What to type to serve the checkpoint on vLLM's usual port, and to ask it the question."""
     import torch
-    from vllm_server import CPU_SETTINGS, vllm_program
 
     if not torch.cuda.is_available():
         print("   ", *(f"{name}={value}" for name, value in CPU_SETTINGS.items()), "\\")
@@ -295,8 +291,6 @@ def print_serve_commands(directory: Path, question: str) -> None:
 
 
 if __name__ == "__main__":
-    from vllm_server import ServerError
-
     try:
         main()
     except ServerError as error:  # its message says what to do, or shows the server's log

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cur_modifier.cache import cache_folder, keep_newest
-
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+from tools.smollm2 import cache_folder as of_the_tool
 
 
 @pytest.mark.parametrize(
@@ -31,9 +30,6 @@ def test_the_folder_is_the_users_own_then_the_desktops_then_the_homes(
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    monkeypatch.syspath_prepend(TOOLS)
-    from smollm2 import cache_folder as of_the_tool
-
     assert cache_folder() == of_the_tool() == Path(expected)
 
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_server import free_port
+from tools.vllm_server import free_port
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

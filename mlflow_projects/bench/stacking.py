@@ -2,13 +2,13 @@
 
     python mlflow_projects/bench/stacking.py --ratios 0.9,0.8 --bits 8,4,3,2
 
-Each point is a recipe run by ``recipes/run.py``: compressed in bfloat16 (in float32 where that is
-emulated), saved in bfloat16, and the checkpoint loaded with ``from_pretrained`` in float32 for its
-perplexity. SmolLM2-135M-Instruct, calibrated on the first 64 windows of 1024 tokens of WikiText-2's
-validation text, evaluated on the first 24 of its test text. *Bytes* are those of the safetensors
-files: factors or weights, scales, and the embedding in bfloat16 (57 MB, in every point). GPTQ alone
-takes groups of 64, the largest that divide every width; in factored models groups divide the
-ranks, and are 32.
+Each point is a recipe run by ``cur_modifier.compress``: compressed in bfloat16 (in float32 where
+that is emulated), saved in bfloat16, and the checkpoint loaded with ``from_pretrained`` in float32
+for its perplexity. SmolLM2-135M-Instruct, calibrated on the first 64 windows of 1024 tokens of
+WikiText-2's validation text, evaluated on the first 24 of its test text. *Bytes* are those of the
+safetensors files: factors or weights, scales, and the embedding in bfloat16 (57 MB, in every
+point). GPTQ alone takes groups of 64, the largest that divide every width; in factored models
+groups divide the ranks, and are 32.
 
 A point that exists is kept, so an interrupted run continues. The recipe and the log of every point
 stay beside the results.
@@ -30,11 +30,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for files.py, figures.py
-
-from files import Row, put_figure, put_row, read_rows, refuse_others
-from quality.methods import BUDGET, ID
-from quality.protocol import DATA, REPOSITORY, WIKI_TEST, WIKI_VALID, model_directory
+from cur_modifier.rows import Row, put_row, read_rows, refuse_others
+from mlflow_projects.bench.quality.methods import BUDGET, ID
+from mlflow_projects.bench.quality.protocol import DATA, WIKI_TEST, WIKI_VALID, model_directory
+from mlflow_projects.figures import BLUE, PALETTE, label_within_decades, put_figure
 
 OUTPUT = Path("bench_out/stacking.json")
 DENSE_GROUP, FACTORED_GROUP = 64, 32
@@ -177,7 +176,7 @@ def measure(point: Point, options: argparse.Namespace) -> Row:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint, result = Path(folder) / "checkpoint", Path(folder) / "result.json"
             command = [
-                *(sys.executable, str(REPOSITORY / "recipes" / "run.py"), str(recipe)),
+                *(sys.executable, "-m", "cur_modifier.compress", str(recipe)),
                 *("--model", model, "--calibrate", str(options.data / WIKI_VALID)),
                 *("--evaluate", test, "--output", str(checkpoint), "--results", str(result)),
                 *("--samples", str(options.samples)),
@@ -241,7 +240,6 @@ def plot(rows: Sequence[Row]) -> Any:
     What has more than ten times the least perplexity is no model any more: such a point stands at
     the upper edge, with its figure.
     """
-    from figures import BLUE, PALETTE, label_within_decades
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

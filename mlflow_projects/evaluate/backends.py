@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cur_modifier.evaluate import Perplexity, perplexity, perplexity_of
+from tools.vllm_server import Client, ServerError, serve
 
 CONCURRENT = 8  # requests that a server has at a time
 
@@ -43,7 +44,7 @@ class InProcess:
 class Served:
     """A server that runs, at ``url`` without a path."""
 
-    server: Any  # of tools/vllm_server.py
+    server: Client
     name: str
     max_length: int
     source: str
@@ -108,8 +109,6 @@ def transformers_backend(source: str, dtype: str, batch_size: int) -> Iterator[I
 @contextmanager
 def vllm_backend(source: str, dtype: str, max_length: int, log: Path) -> Iterator[Served]:
     """A ``vllm serve`` of its own, in the checkpoint's dtype unless ``dtype`` says otherwise."""
-    from vllm_server import ServerError, serve
-
     # Compiling takes longer than an evaluation gains by it on a CPU, and changes no result.
     arguments = ["--max-model-len", str(max_length), "--dtype", dtype or "auto"]
     if not torch.cuda.is_available():
@@ -128,8 +127,6 @@ def url_backend(url: str, source: str) -> Iterator[Served]:
     Raises:
         BackendError: it does not answer, or serves another model.
     """
-    from vllm_server import Client
-
     client = Client(url)
     try:
         models = client.json("/v1/models", timeout=10)["data"]

@@ -38,7 +38,8 @@ class Tasks:
     def __init__(self, options: argparse.Namespace) -> None:
         import datasets
         from lm_eval.tasks import TaskManager
-        from local_tasks import cached_tasks
+
+        from mlflow_projects.evaluate.local_tasks import cached_tasks
 
         self._options = options
         # Else a line for each task that local questions replace, and a bar for each that is read.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from figures import BLUE, GREY, label_within_decades
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+
+from mlflow_projects.figures import BLUE, GREY, label_within_decades
 
 ORANGE = "#D55E00"
 MAP_CELLS = 64  # a side of a weight's map

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import draw
-from domains import NAMES as DOMAINS
+from mlflow_projects.reproduce import draw
+from mlflow_projects.reproduce.domains import NAMES as DOMAINS
 
 Row = dict[str, Any]
 Settings = dict[str, Any]

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from space import Point
+from mlflow_projects.sweep.space import Point
 
-PROJECT = Path(__file__).resolve().parent
 STUDY = "sweep"
 CHECKPOINT = "checkpoint"  # in the folder of a trial
 # What a continued sweep must share with the one that began: its figures would not compare.
@@ -262,7 +261,8 @@ class Sweep:
     def _draw(self) -> None:
         """Table and front onto the parent run, as they are now."""
         import mlflow
-        from figures import pareto
+
+        from mlflow_projects.figures import pareto
 
         done, front = self.done(), self._front()
         if not done:
@@ -303,7 +303,7 @@ def _child(request: Path, run_id: str, log: Path) -> int:
     """The exit status of the trial's process; it ends with this one."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "trial.py"), str(request)],
+            [sys.executable, "-m", "mlflow_projects.sweep.trial", str(request)],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
 """One point of a sweep in a process of its own: compressed, saved, measured, logged to its run.
 
-``sweep.py`` starts it with the run in MLFLOW_RUN_ID; a crash ends this trial alone.
+The sweep starts it with the run in MLFLOW_RUN_ID; a crash ends this trial alone.
 """
 
 from __future__ import annotations
@@ -13,22 +13,16 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-PROJECT = Path(__file__).resolve().parent
-REPOSITORY = PROJECT.parent.parent
-sys.path[:0] = [
-    str(folder) for folder in (PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
-]
-
-from files import put_text  # noqa: E402
+from cur_modifier import compress
+from cur_modifier.checkpoint.files import put_text
+from mlflow_projects.arguments import text_name
+from mlflow_projects.registry import register
 
 
 def measure(given: dict[str, Any]) -> dict[str, Any]:
     """Compress by the recipe, save, load again, and measure; returns what the study wants."""
     import mlflow
-    import run
     import yaml
-    from arguments import text_name
-    from registry import register
 
     folder = Path(given["folder"])
     checkpoint = folder / "checkpoint"
@@ -39,7 +33,7 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
             recipe = folder / "recipe.yaml"
             recipe.write_text(yaml.safe_dump(given["recipe"], sort_keys=False))
             mlflow.log_artifact(str(recipe))
-            metrics["oneshot_seconds"] = run.compress(
+            metrics["oneshot_seconds"] = compress.compress(
                 recipe,
                 given["model"],
                 given["data"],
@@ -49,9 +43,9 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
                 dtype=given["dtype"],
             )
         else:  # the reference, in the same dtype
-            run.save_dense(given["model"], checkpoint, dtype=given["dtype"])
-        metrics["bytes_checkpoint"] = float(run.weight_bytes(checkpoint))
-        found = run.measure(
+            compress.save_dense(given["model"], checkpoint, dtype=given["dtype"])
+        metrics["bytes_checkpoint"] = float(compress.weight_bytes(checkpoint))
+        found = compress.measure(
             checkpoint,
             given["text"],
             windows=given["windows"],

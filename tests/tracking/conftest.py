@@ -7,9 +7,9 @@ import sys
 
 import pytest
 from loguru import logger
-from mlflow_ui import MlflowServer
 
 import cur_modifier
+from tools.mlflow_ui import MlflowServer
 
 
 @pytest.fixture(scope="session")

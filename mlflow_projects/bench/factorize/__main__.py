@@ -18,22 +18,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
-if not __package__:  # run as a folder: let its modules find each other by the package's name
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
-
 import torch
-from arguments import check_output, count, names
-from files import Row, put_figure, put_rows
 from threadpoolctl import threadpool_limits
 
 from cur_modifier.linalg import gram_norm
-from factorize.methods import METHODS, REFERENCE, product
-from factorize.report import HEADER, line, log_run, plot
+from cur_modifier.rows import Row, put_rows
+from mlflow_projects.arguments import check_output, count, names
+from mlflow_projects.bench.factorize.methods import METHODS, REFERENCE, product
+from mlflow_projects.bench.factorize.report import HEADER, line, log_run, plot
+from mlflow_projects.figures import put_figure
 
 PROJECT = Path(__file__).resolve().parent
 LLAMA_8B = "4096x4096,1024x4096,14336x4096,4096x14336"  # q and o, k and v, gate and up, down

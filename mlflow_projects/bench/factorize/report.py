@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from figures import GREY, PALETTE
 from matplotlib.figure import Figure
+
+from mlflow_projects.figures import GREY, PALETTE
 
 COLOURS = (*PALETTE, GREY)
 MARKERS = {"cur": "o", "id": "s", "other": "^"}

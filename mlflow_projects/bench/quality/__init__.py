@@ -1,5 +1,5 @@
 """Perplexity at a given size, ours beside the published methods: protocol P.
 
-The command is ``__main__.py``. It imports torch and llm-compressor only in the processes that
-measure, so that it answers at once and takes no memory beside them.
+The command is ``__main__.py``. Wrong arguments end it at once: it imports torch and llm-compressor
+after checking them, and each row is measured in a process of its own.
 """

@@ -19,18 +19,16 @@ import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-if not __package__:  # run as a folder: let its modules find each other by the package's name
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # files, figures, processes
+from mlflow_projects.bench.quality.measure import Job, measure
+from mlflow_projects.bench.quality.methods import METHODS
+from mlflow_projects.bench.quality.protocol import CALIBRATIONS, DATA, RATIOS, missing_files
+from mlflow_projects.bench.quality.results import format_tables, key, plot
+from mlflow_projects.processes import apart
 
-from files import Row, put_figure, put_row, read_rows, refuse_others
-from processes import apart
-
-from quality.measure import Job, measure
-from quality.methods import METHODS
-from quality.protocol import CALIBRATIONS, DATA, RATIOS, missing_files
-from quality.results import format_tables, key, plot
+if TYPE_CHECKING:
+    from cur_modifier.rows import Row
 
 OUTPUT = Path("bench_out/quality.json")
 HELD_OUT_OUTPUT = Path("bench_out/quality_held_out.json")
@@ -83,6 +81,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "model": str(Path(options.model).resolve()) if options.model else None,
         "held_out": options.held_out or None,
     }
+    from cur_modifier.rows import read_rows, refuse_others
+
     try:
         refuse_others(options.output, read_rows(options.output, key), options.settings)
     except ValueError as error:
@@ -96,6 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Inherited by the processes that measure: there, bars and warnings are enough.
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from cur_modifier.rows import read_rows
+    from mlflow_projects.figures import put_figure
+
     known = set() if options.again else {key(row) for row in read_rows(options.output, key)}
     wanted = jobs(options)
     todo = [job for job in wanted if (job.method, job.ratio, job.calibration) not in known]
@@ -121,6 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
 def measure_all(todo: Sequence[Job], output: Path, settings: Row) -> list[Job]:
     """Measure one row after another into ``output``, with the settings that are not the default;
     those that failed."""
+    from cur_modifier.rows import put_row
+
     failed = []
     given = {name: value for name, value in settings.items() if value is not None}
     for number, job in enumerate(todo, start=1):

@@ -3,8 +3,8 @@
 Every function takes ``W``, what was seen of its inputs ``x (n,)``, and the ratio of parameters
 stored after ÷ before, and returns the *product* of the factors with the number of parameters that
 storing the factors takes. Evaluating the product is the same mathematics as evaluating the factors,
-and rounds once where they round two or three times (float32). ``tests/bench/test_baselines.py``
-holds each to the formula in its paper.
+and rounds once where they round two or three times (float32). ``test_baselines.py`` in
+``tests/mlflow_projects/bench`` holds each to the formula in its paper.
 """
 
 from __future__ import annotations

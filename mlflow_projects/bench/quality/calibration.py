@@ -5,23 +5,42 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from files import replacing
 from torch import nn
 from tqdm import tqdm
 
+from cur_modifier.checkpoint.files import replacing
 from cur_modifier.linalg import GramAccumulator
 from cur_modifier.precision import half_products
-from quality.baselines import Inputs
-from quality.measure import peak_rss_bytes
-from quality.methods import Calibration
+from mlflow_projects.bench.quality.baselines import Inputs
+from mlflow_projects.processes import peak_rss_bytes
 
-__all__ = ["input_statistics", "kept_statistics", "projections"]
+__all__ = ["Calibration", "input_statistics", "kept_statistics", "projections"]
 
 # The projections of a decoder layer, by the tensor that they read.
 READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass
+class Calibration:
+    """What a method may look at.
+
+    Attributes:
+        windows: token ids ``(count, length)``.
+        kept: a file in which the statistics of the dense model's inputs, which are the same for
+            every method and ratio, are left for later rows; None keeps none.
+        spared_seconds, spared_peak: what the pass took that found them, and the most bytes it held,
+            where this row read them.
+    """
+
+    windows: torch.Tensor
+    kept: Path | None = None
+    spared_seconds: float = 0.0
+    spared_peak: int = 0
 
 
 def projections(model: nn.Module) -> dict[str, nn.Linear]:

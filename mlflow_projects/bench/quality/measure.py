@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from files import Row
+from mlflow_projects.bench.quality.methods import METHODS
+from mlflow_projects.bench.quality.protocol import (
+    calibration_windows,
+    evaluation_windows,
+    model_directory,
+)
+from mlflow_projects.processes import peak_rss_bytes
 
-from quality.methods import METHODS, Calibration
-from quality.protocol import calibration_windows, evaluation_windows, model_directory
+if TYPE_CHECKING:
+    from cur_modifier.rows import Row
 
-__all__ = ["Job", "measure", "peak_rss_bytes"]
+__all__ = ["Job", "measure"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ def measure(job: Job) -> Row:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from cur_modifier.evaluate import perplexity  # with it comes all that would spoil the timing
+    # With these comes all that would spoil the timing.
+    from cur_modifier.evaluate import perplexity
+    from mlflow_projects.bench.quality.calibration import Calibration
 
     source = model_directory(job.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -73,13 +80,3 @@ def measure(job: Job) -> Row:
         "seconds": seconds,
         "peak_rss_bytes": peak,
     }
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # exact; rusage starts from the size of the process that spawned this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

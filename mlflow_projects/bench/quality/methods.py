@@ -7,34 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
+    from mlflow_projects.bench.quality.calibration import Calibration
 
-__all__ = ["METHODS", "Calibration", "Method", "by_matrix", "by_recipe"]
-
-
-@dataclass
-class Calibration:
-    """What a method may look at.
-
-    Attributes:
-        windows: token ids ``(count, length)``.
-        kept: a file in which the statistics of the dense model's inputs, which are the same for
-            every method and ratio, are left for later rows; None keeps none.
-        spared_seconds, spared_peak: what the pass took that found them, and the most bytes it held,
-            where this row read them.
-    """
-
-    windows: torch.Tensor
-    kept: Path | None = None
-    spared_seconds: float = 0.0
-    spared_peak: int = 0
+__all__ = ["METHODS", "Method", "by_function", "by_matrix", "by_recipe"]
 
 
-Compress = Callable[[Any, Calibration, "float | None"], float]
+Compress = Callable[[Any, "Calibration", "float | None"], float]
 """Compresses a model in place, given the ratio wanted, and returns the ratio reached: parameters
 stored after ÷ before, over the projections."""
 
@@ -60,8 +42,8 @@ def by_matrix(function: str, *, calibrated: bool = True) -> Method:
         import torch
         from tqdm import tqdm
 
-        from quality import baselines
-        from quality.calibration import kept_statistics, projections
+        from mlflow_projects.bench.quality import baselines
+        from mlflow_projects.bench.quality.calibration import kept_statistics, projections
 
         statistics = kept_statistics(model, calibration) if calibrated else {}
         before = after = 0
@@ -99,7 +81,7 @@ def by_recipe(
 
         from cur_modifier.data import windows_dataset
         from cur_modifier.modifiers.report import parameter_count
-        from quality.calibration import projections
+        from mlflow_projects.bench.quality.calibration import projections
 
         wish = {"ratio": ratio} | (rank or {})
         stage = {"cur_modifiers": {"CURModifier": {"rank": wish, "mlflow": False} | cur}}
@@ -122,9 +104,7 @@ def by_function(module: str, function: str) -> Method:
     """The whole model by a function of this package, imported when a model is compressed."""
 
     def compress(model: Any, calibration: Calibration, ratio: float | None) -> float:
-        from importlib import import_module
-
-        run = getattr(import_module(f"quality.{module}"), function)
+        run = getattr(import_module(f"mlflow_projects.bench.quality.{module}"), function)
         return run(model, calibration.windows, ratio)
 
     return Method(compress)

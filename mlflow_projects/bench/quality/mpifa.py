@@ -14,7 +14,7 @@ from tqdm import tqdm
 from cur_modifier.linalg import Form, anchored_target, low_rank, ratio_rank, shrunk
 from cur_modifier.linalg import stored_parameters as stored
 from cur_modifier.modifiers.streams import LayerStreams, frozen
-from quality.calibration import projections
+from mlflow_projects.bench.quality.calibration import projections
 
 __all__ = ["mpifa", "reconstruct"]
 

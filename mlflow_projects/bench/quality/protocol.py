@@ -7,9 +7,10 @@ and C4's documents 500 to 999. Hyper-parameters are chosen on the validation tex
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tools.smollm2 import smollm2
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,8 @@ __all__ = [
     "CALIBRATIONS",
     "DATA",
     "RATIOS",
+    "WIKI_TEST",
+    "WIKI_VALID",
     "calibration_windows",
     "evaluation_windows",
     "missing_files",
@@ -47,12 +50,7 @@ def missing_files(data: Path) -> list[str]:
 
 def model_directory(model: str | None) -> str:
     """The given model, or SmolLM2-135M-Instruct (fetched and converted on first use)."""
-    if model is not None:
-        return model
-    sys.path.insert(0, str(REPOSITORY / "tools"))
-    from smollm2 import smollm2
-
-    return str(smollm2())
+    return str(smollm2()) if model is None else model
 
 
 def calibration_windows(name: str, data: Path, tokenizer: Any) -> torch.Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from files import Row
+if TYPE_CHECKING:
+    from cur_modifier.rows import Row
 
 __all__ = ["format_tables", "key", "plot"]
 
@@ -40,8 +41,9 @@ def plot(rows: Sequence[Row], methods: Sequence[str]) -> Any:
     Args:
         methods: the order of the legend; others follow. ``dense`` is a line across.
     """
-    from figures import GREY, PALETTE, label_within_decades
     from matplotlib.figure import Figure
+
+    from mlflow_projects.figures import GREY, PALETTE, label_within_decades
 
     names = [*methods, *sorted({row["method"] for row in rows} - set(methods))]
     drawn = [n for n in names if n != "dense" and any(row["method"] == n for row in rows)]

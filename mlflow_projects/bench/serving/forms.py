@@ -113,10 +113,10 @@ def make_checkpoint(sizes: dict[str, Any], variant: Variant, directory: Path) ->
 def factor(model: Any, variant: Variant) -> None:
     """Put factored modules of random numbers in the place of all projections."""
     import torch
-    from quality.calibration import projections
 
     from cur_modifier.factored import FACTORED_CLASSES
     from cur_modifier.linalg import Form, ratio_rank, round_rank_down
+    from mlflow_projects.bench.quality.calibration import projections
 
     form = Form(variant.form)
     unit = 8 if variant.quantization is None else GROUP

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from files import Row
-
-from serving.forms import Variant
+from cur_modifier.rows import Row
+from mlflow_projects.bench.serving.forms import Variant
 
 __all__ = ["log_run", "machine", "plot", "table"]
 
@@ -74,8 +73,9 @@ def _cell(row: Row | None, beside: str) -> str:
 def plot(rows: Sequence[Row]) -> Any:
     """Speed over bytes, a panel for each model and for decode and prefill at batch 1."""
     import numpy as np
-    from figures import label_within_decades
     from matplotlib.figure import Figure
+
+    from mlflow_projects.figures import label_within_decades
 
     models = list(dict.fromkeys(map(model_of, rows)))
     figure = Figure(figsize=(10, 4 * len(models)), layout="constrained")

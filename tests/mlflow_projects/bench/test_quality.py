@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from files import Row, put_row, read_rows
-from quality.__main__ import jobs, main, parse
-from quality.methods import METHODS
-from quality.protocol import missing_files
-from quality.results import format_tables, key, plot
+
+from cur_modifier.rows import Row, put_row, read_rows
+from mlflow_projects.bench.quality.__main__ import jobs, main, parse
+from mlflow_projects.bench.quality.methods import METHODS
+from mlflow_projects.bench.quality.protocol import missing_files
+from mlflow_projects.bench.quality.results import format_tables, key, plot
 
 
 def row(method: str = "svd", ratio: float | None = 0.8, ppl: float = 20.0, **fields: object) -> Row:

@@ -1,24 +1,15 @@
-"""What the projects keep on disk: rows of figures as JSON, and plots; each whole or not at all."""
+"""Rows of measured figures in a JSON file, which is whole or not there."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "Row",
-    "put_figure",
-    "put_row",
-    "put_rows",
-    "put_text",
-    "read_rows",
-    "refuse_others",
-    "replacing",
-]
+from cur_modifier.checkpoint.files import put_text
+
+__all__ = ["Row", "put_row", "put_rows", "read_rows", "refuse_others"]
 
 Row = dict[str, Any]
 
@@ -75,27 +66,3 @@ def put_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write all rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     put_text(path, json.dumps(rows, indent=2) + "\n")
-
-
-def put_text(path: Path, text: str) -> None:
-    """Write a text."""
-    with replacing(path) as partial:
-        partial.write_text(text)
-
-
-def put_figure(path: Path, figure: Any) -> None:
-    """Write a matplotlib figure."""
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, of the same ending; its file takes the place of ``path``
-    once it is whole."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from factorize.__main__ import main, parse
-from factorize.methods import METHODS, REFERENCE
+
+from mlflow_projects.bench.factorize.__main__ import main, parse
+from mlflow_projects.bench.factorize.methods import METHODS, REFERENCE
 
 FIELDS = {
     "shape",

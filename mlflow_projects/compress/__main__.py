@@ -18,13 +18,19 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from cur_modifier.compress import (
+    check_recipe,
+    compress,
+    find_recipe,
+    model_source,
+    shipped_recipes,
+    weight_bytes,
+)
+from mlflow_projects.arguments import check_output, count, elsewhere
+
 PROJECT = Path(__file__).resolve().parent
 # Metrics of the stage by which models are compared, so they belong to the model as well.
 COMPARED = ("ratio_targets", "ratio_model")
-RECIPES = PROJECT.parent.parent / "recipes"
-sys.path[:0] = [str(PROJECT.parent), str(RECIPES), str(RECIPES.parent / "tools")]
-
-from arguments import check_output, count, elsewhere  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +39,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="compress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--recipe", required=True, help=", ".join(named_recipes()) + ", or a file")
+    known = ", ".join(shipped_recipes())
+    parser.add_argument("--recipe", required=True, type=find_recipe, help=f"{known}, or a file")
     parser.add_argument("--data", required=True, help="text to calibrate on")
     parser.add_argument("--samples", type=count, default=64, help="windows of it")
     parser.add_argument("--sequence-length", type=count, default=1024, help="tokens a window")
@@ -41,31 +48,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="directory of the checkpoint")
     options = parser.parse_args(arguments)
 
-    named = named_recipes()
-    options.recipe = named.get(options.recipe, Path(options.recipe))
     if not options.recipe.is_file():
         parser.error(
             f"no recipe {options.recipe}{elsewhere(options.recipe, PROJECT)}. Give a file, or one "
-            f"of {', '.join(named)}."
+            f"of {known}."
         )
     check_output(parser, options.output, PROJECT)
     return options
-
-
-def named_recipes() -> dict[str, Path]:
-    """The recipes of this repository by name."""
-    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Compress, save, register."""
     options = parse(arguments)
     import mlflow
-    from registry import register
-    from run import check_recipe, compress, model_source, weight_bytes
     from transformers import AutoTokenizer
 
     from cur_modifier.data import read_documents, token_windows
+    from mlflow_projects.registry import register
 
     try:
         check_recipe(options.recipe)

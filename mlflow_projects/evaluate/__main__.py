@@ -27,16 +27,11 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from cur_modifier.compress import model_source
+from mlflow_projects.arguments import count, count_or_none, elsewhere, names, text_name
+from mlflow_projects.evaluate.tasks import BadInputError, Figure, Tasks
+
 PROJECT = Path(__file__).resolve().parent
-REPOSITORY = PROJECT.parent.parent
-sys.path[:0] = [
-    str(folder)
-    for folder in (PROJECT, PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
-]
-
-from arguments import count, count_or_none, elsewhere, names, text_name  # noqa: E402
-from tasks import BadInputError, Figure, Tasks  # noqa: E402
-
 TASK_LENGTH = 2048  # tokens of a prompt that tasks may need
 
 
@@ -104,7 +99,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Check, measure, log, print."""
     options = parse(arguments)
-    from backends import BackendError
+    from mlflow_projects.evaluate.backends import BackendError
 
     try:
         evaluate(options)
@@ -115,7 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Measure all figures of the model, and of the baseline, and log them."""
     import mlflow
-    from registry import registered
+
+    from mlflow_projects.registry import registered
 
     sources = {name: _source(name) for name in _models(options)}
     documents = _documents(options)
@@ -139,7 +135,7 @@ def evaluate(options: argparse.Namespace) -> None:
             _log(figures[name], _role(name, options), model)
         mlflow.log_text(_csv(figures), "figures.csv")
         if options.baseline:
-            from figures import before_after
+            from mlflow_projects.figures import before_after
 
             mlflow.log_figure(before_after(*figures.values()), "before_after.png")
         print(_table(figures))
@@ -168,8 +164,6 @@ def _role(name: str, options: argparse.Namespace) -> str:
 
 
 def _source(name: str) -> str:
-    from run import model_source
-
     try:
         return model_source(name)
     except FileNotFoundError as error:
@@ -251,8 +245,8 @@ def _perplexities(
 
 def _check_backend(options: argparse.Namespace) -> None:
     """Raise where a server could not be started."""
-    from backends import BackendError
-    from vllm_server import ServerError, vllm_program
+    from mlflow_projects.evaluate.backends import BackendError
+    from tools.vllm_server import ServerError, vllm_program
 
     if options.backend == "vllm":
         try:
@@ -263,7 +257,7 @@ def _check_backend(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _backend(options: argparse.Namespace, source: str) -> Iterator[Any]:
-    from backends import transformers_backend, url_backend, vllm_backend
+    from mlflow_projects.evaluate.backends import transformers_backend, url_backend, vllm_backend
 
     with ExitStack() as stack:
         if options.backend == "transformers":

@@ -7,11 +7,20 @@ from copy import deepcopy
 
 import pytest
 import torch
-from quality.baselines import Factored, Inputs, asvd, curing, pair_rank, svd, svd_llm, svd_llm_id
-from quality.mpifa import SHRINKAGE, mpifa, reconstruct
 from torch import nn
 
 from cur_modifier.linalg import Form, gram_norm, ratio_rank, shrunk, stored_parameters
+from mlflow_projects.bench.quality.baselines import (
+    Factored,
+    Inputs,
+    asvd,
+    curing,
+    pair_rank,
+    svd,
+    svd_llm,
+    svd_llm_id,
+)
+from mlflow_projects.bench.quality.mpifa import SHRINKAGE, mpifa, reconstruct
 
 SHAPES = [(24, 24), (12, 40), (40, 12)]
 RATIO = 0.6

@@ -25,17 +25,15 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
 
+from cur_modifier.checkpoint.files import put_text
+from cur_modifier.compress import model_source
+from mlflow_projects.arguments import check_output, count, elsewhere, whole
+from mlflow_projects.figures import put_figure
+from mlflow_projects.reproduce import domains
+from mlflow_projects.reproduce.draw import MAP_CELLS, decay, structure
+from mlflow_projects.reproduce.experiments import EXPERIMENTS, Case, Experiment
+
 PROJECT = Path(__file__).resolve().parent
-REPOSITORY = PROJECT.parent.parent
-sys.path[:0] = [
-    str(folder)
-    for folder in (PROJECT, PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
-]
-
-from arguments import check_output, count, elsewhere, whole  # noqa: E402
-from experiments import EXPERIMENTS, Case, Experiment  # noqa: E402
-from files import put_figure, put_text  # noqa: E402
-
 NAMES = (*EXPERIMENTS, "weights")
 SETTINGS = ("model", "samples", "windows", "sequence_length", "layers", "seed")
 
@@ -63,7 +61,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one experiment."""
     options = parse(arguments)
     import mlflow
-    from run import model_source
 
     try:
         source = model_source(options.model)
@@ -124,7 +121,6 @@ class _Harness:
         experiment: Experiment,
         cases: Sequence[Case],
     ) -> None:
-        import domains
         from transformers import AutoConfig, AutoTokenizer
 
         from cur_modifier.data import token_windows
@@ -193,7 +189,6 @@ def _weights(source: str, options: argparse.Namespace) -> None:
     """Singular values and maps of |W|: no data, no compression."""
     import mlflow
     import torch
-    from draw import MAP_CELLS, decay, structure
     from torch.nn.functional import adaptive_avg_pool2d
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM

@@ -19,16 +19,12 @@ import signal
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent
-REPOSITORY = PROJECT.parent.parent
-sys.path[:0] = [
-    str(folder)
-    for folder in (PROJECT, PROJECT.parent, REPOSITORY / "recipes", REPOSITORY / "tools")
-]
+from cur_modifier.compress import model_source
+from mlflow_projects.arguments import check_output, count, elsewhere, names, whole
+from mlflow_projects.sweep.space import FORMS, OPTIMAL, QUANTIZATIONS, points
+from mlflow_projects.sweep.study import Sweep, SweepError
 
-from arguments import check_output, count, elsewhere, names, whole  # noqa: E402
-from space import FORMS, OPTIMAL, QUANTIZATIONS, points  # noqa: E402
-from study import Sweep, SweepError  # noqa: E402
+PROJECT = Path(__file__).resolve().parent
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -110,7 +106,6 @@ def _check(options: argparse.Namespace) -> None:
         SweepError: a recipe that no stage accepts, a group size that does not fit the model, a text
             that is missing or too short.
     """
-    from run import model_source
     from transformers import AutoTokenizer
 
     from cur_modifier.data import read_documents, token_windows

@@ -1,0 +1,1 @@
+"""Benchmarks: time, quality, bytes and served speed, ours beside what others have."""

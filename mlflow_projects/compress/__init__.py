@@ -1,0 +1,1 @@
+"""Compress a model by a recipe: see ``__main__.py``, which is the command."""

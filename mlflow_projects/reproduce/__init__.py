@@ -1,0 +1,1 @@
+"""The published experiments: see ``__main__.py``, which is the command."""

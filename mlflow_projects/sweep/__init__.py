@@ -1,0 +1,1 @@
+"""Many compressions of one model: see ``__main__.py``, which is the command."""

@@ -1,0 +1,1 @@
+"""Recipes as YAML files, the command that runs one, and the demo."""

@@ -1,0 +1,1 @@
+"""What the demo, the projects and the tests use and the package does not."""
