@@ -193,7 +193,7 @@ def _weights(source: str, options: argparse.Namespace) -> None:
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM
 
-    from cur_modifier.modifiers.layers import decoder_layers
+    from cur_modifier.structure.layers import decoder_layers
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     spectra: dict[str, dict[int, list[float]]] = {}

@@ -13,19 +13,17 @@ from typing import NamedTuple
 
 import torch
 
+from cur_modifier.forms.sizes import FORMS
 from cur_modifier.linalg import (
-    Form,
     Score,
     Selection,
     cur,
     low_rank,
-    ratio_rank,
     score,
     select_rows_and_columns,
-    stored_parameters,
 )
 
-__all__ = ["Factored", "Inputs", "asvd", "curing", "pair_rank", "svd", "svd_llm", "svd_llm_id"]
+__all__ = ["Factored", "Inputs", "asvd", "curing", "svd", "svd_llm", "svd_llm_id"]
 
 
 class Inputs(NamedTuple):
@@ -40,11 +38,6 @@ class Factored(NamedTuple):
 
     product: torch.Tensor
     stored: int
-
-
-def pair_rank(m: int, n: int, ratio: float) -> int:
-    """The largest rank at which ``A (m, r)`` and ``B (r, n)`` store at most ``ratio · m n``."""
-    return int(ratio * m * n / (m + n))
 
 
 def svd(W: torch.Tensor, inputs: Inputs | None, ratio: float) -> Factored:
@@ -81,9 +74,9 @@ def svd_llm(W: torch.Tensor, inputs: Inputs, ratio: float) -> Factored:
 def svd_llm_id(W: torch.Tensor, inputs: Inputs, ratio: float) -> Factored:
     """The same, stored as a row ID: ``r(m + n − r)`` parameters, so a higher rank at equal size."""
     m, n = W.shape
-    rank = ratio_rank(Form.ID, m, n, ratio)
+    rank = FORMS["id"].ratio_rank(m, n, ratio)
     product = low_rank(W, rank, inputs.gram).dense()
-    return Factored(product, stored_parameters(Form.ID, m, n, rank))
+    return Factored(product, FORMS["id"].parameters(m, n, rank))
 
 
 def curing(W: torch.Tensor, inputs: Inputs, ratio: float) -> Factored:
@@ -93,13 +86,13 @@ def curing(W: torch.Tensor, inputs: Inputs, ratio: float) -> Factored:
     Source: Park and Moon 2025 (CURing), section 4.
     """
     m, n = W.shape
-    rank = ratio_rank(Form.CUR, m, n, ratio)
+    rank = FORMS["cur"].ratio_rank(m, n, ratio)
     scored = score(Score.WANDA, W, inputs.gram)
     rows, columns = select_rows_and_columns(Selection.DEIM, scored, rank)
-    return Factored(cur(W, rows, columns).dense(), stored_parameters(Form.CUR, m, n, rank))
+    return Factored(cur(W, rows, columns).dense(), FORMS["cur"].parameters(m, n, rank))
 
 
 def _pair(W: torch.Tensor, gram: torch.Tensor | None, ratio: float) -> Factored:
     m, n = W.shape
-    rank = pair_rank(m, n, ratio)
-    return Factored(low_rank(W, rank, gram).dense(), rank * (m + n))
+    rank = FORMS["low_rank"].ratio_rank(m, n, ratio)
+    return Factored(low_rank(W, rank, gram).dense(), FORMS["low_rank"].parameters(m, n, rank))

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cur_modifier.linalg import Form, anchored_target, low_rank, ratio_rank, shrunk
-from cur_modifier.linalg import stored_parameters as stored
-from cur_modifier.modifiers.streams import LayerStreams, frozen
+from cur_modifier.forms.sizes import FORMS
+from cur_modifier.linalg import anchored_target, low_rank, shrunk
+from cur_modifier.passes.context import frozen
+from cur_modifier.passes.streams import LayerStreams
 from mlflow_projects.bench.quality.calibration import projections
 
 __all__ = ["mpifa", "reconstruct"]
@@ -57,9 +58,9 @@ def mpifa(model: Any, windows: torch.Tensor, ratio: float | None) -> float:
                 for name in group:
                     W = own[name].weight
                     m, n = W.shape
-                    rank = min(ratio_rank(Form.ID, m, n, ratio), m - 1, n)
+                    rank = FORMS["id"].ratio_rank(m, n, ratio)
                     W.copy_(reconstruct(W, gram, drift.to(gram), rank))
                     before += m * n
-                    after += stored(Form.ID, m, n, rank)
+                    after += FORMS["id"].parameters(m, n, rank)
             streams.advance(outputs, changed=True)
     return after / before

@@ -49,7 +49,7 @@ class Variant:
     """A way to store a model.
 
     Attributes:
-        form: ``dense``, ``cur`` or ``id``, of all seven projections.
+        form: ``dense``, or a form's name, of all seven projections.
         ratio: parameters stored after ÷ before, over them; None where dense.
         quantization: ``W4A16``, ``W8A8`` or None.
     """
@@ -71,6 +71,8 @@ VARIANTS = {
         Variant("id", 0.7),
         Variant("id", 0.5),
         Variant("cur", 0.8),
+        Variant("low_rank", 0.8),
+        Variant("low_rank", 0.5),
         Variant("dense", None, "W4A16"),
         Variant("id", 0.7, "W4A16"),
         Variant("dense", None, "W8A8"),
@@ -114,24 +116,24 @@ def factor(model: Any, variant: Variant) -> None:
     """Put factored modules of random numbers in the place of all projections."""
     import torch
 
-    from cur_modifier.factored import FACTORED_CLASSES
-    from cur_modifier.linalg import Form, ratio_rank, round_rank_down
+    from cur_modifier.forms.registry import find_form
+    from cur_modifier.forms.sizes import Shape
+    from cur_modifier.linalg import round_rank_down
     from mlflow_projects.bench.quality.calibration import projections
 
-    form = Form(variant.form)
+    form = find_form(variant.form)
     unit = 8 if variant.quantization is None else GROUP
     for name, linear in projections(model).items():
         m, n = linear.weight.shape
-        rank = round_rank_down(ratio_rank(form, m, n, variant.ratio or 1.0), unit)
-        container = FACTORED_CLASSES[form](n, m, rank, bias=False, device="cpu")
-        if form is Form.ID:
+        rank = round_rank_down(form.sizes.ratio_rank(m, n, variant.ratio or 1.0), unit)
+        container: Any = form.build(Shape(m, n, rank), bias=False, device="cpu")
+        if "order" in container.tensors():
             # The stage puts the neurons of an MLP in the order in which they are computed.
             neurons = name.endswith(("gate_proj", "up_proj"))
             container.order = (
                 torch.arange(m) if neurons else in_pairs(torch.randperm(m // 2))
             ).int()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, container)
+        model.set_submodule(name, container)
 
 
 def in_pairs(order: Any) -> Any:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from cur_modifier.linalg import Form, gram_norm, ratio_rank, shrunk, stored_parameters
+from cur_modifier.forms.sizes import FORMS
+from cur_modifier.linalg import gram_norm, shrunk
 from mlflow_projects.bench.quality.baselines import (
     Factored,
     Inputs,
     asvd,
     curing,
-    pair_rank,
     svd,
     svd_llm,
     svd_llm_id,
@@ -80,10 +80,10 @@ def test_svd_llm_at_the_rank_of_a_row_id(problem: tuple[torch.Tensor, torch.Tens
     W, X = problem
     m, n = W.shape
     rank = max(r for r in range(1, min(m, n) + 1) if r * (m + n - r) <= RATIO * m * n)
-    assert rank > pair_rank(m, n, RATIO)
+    assert rank > FORMS["low_rank"].ratio_rank(m, n, RATIO)
     S = torch.linalg.cholesky(X @ X.mT)
     expected = truncated(W @ S, rank) @ torch.linalg.inv(S)
-    stored = stored_parameters(Form.ID, m, n, rank)
+    stored = FORMS["id"].parameters(m, n, rank)
     check(svd_llm_id(W, inputs_of(X), RATIO), expected, stored)
 
 
@@ -145,7 +145,7 @@ def test_mpifa_sees_what_the_layers_before_it_have_become(
         gram = shrunk(gram, SHRINKAGE)  # what o reads has the rank of v
         for name in names:
             weight = wanted.get_submodule(name).weight
-            rank = ratio_rank(Form.ID, *weight.shape, RATIO)
+            rank = FORMS["id"].ratio_rank(*weight.shape, RATIO)
             with torch.no_grad():
                 weight.copy_(reconstruct(weight, gram, drift, rank))
     mpifa(model, windows, RATIO)
