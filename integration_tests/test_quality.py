@@ -55,12 +55,14 @@ def test_each_part_of_the_fit_pays(smollm2: Path, data: Any) -> None:
     assert refined < budget < uniform < gram, (refined, budget, uniform, gram)
 
 
+@pytest.mark.thorough
 def test_gptq_beats_rounding_on_the_factors(smollm2: Path, data: Any) -> None:
     gptq = _perplexity(smollm2, data, CUR, W4A16)
     rounded = _perplexity(smollm2, data, CUR, ROUND_TO_NEAREST)
     assert gptq < rounded
 
 
+@pytest.mark.thorough
 def test_fit_to_activations_beats_plain_core_and_id_beats_cur(smollm2: Path, data: Any) -> None:
     layers = {"select": [5, 10, 15, 20]}
     plain = _perplexity(smollm2, data, {"fit": "weight", "layers": layers})

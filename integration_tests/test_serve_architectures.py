@@ -13,27 +13,34 @@ import pytest
 from architectures import ARCHITECTURES, CUR, REST, ROW_ID, SHARED, build, factor
 from datasets import Dataset
 from served import Answers, EngineError, by_engine, by_transformers, result
+from support import asked_for, thorough
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
 STEPS = 32
 SHARING = {f"{name}_shared": name for name in ("llama", "gemma3", "opt")}
+OFTEN = ["llama", "gemma3", "phi3", "opt", "qwen3_moe", "llama_shared"]
 
 
 @pytest.fixture(scope="module")
 def checkpoints(
-    tmp_path_factory: pytest.TempPathFactory, random_tokens: Dataset
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    random_tokens: Dataset,
 ) -> dict[str, Path]:
     """A checkpoint of each architecture: CUR, row ID and dense side by side in fused modules; and
     of some with the skeletons of fused modules shared."""
     folder = tmp_path_factory.mktemp("architectures")
+    wanted = asked_for(request, "name")
     mixed = {
         name: factor(build(name), folder / name, random_tokens, CUR, ROW_ID)
         for name in ARCHITECTURES
+        if name in wanted
     }
     return mixed | {
         case: factor(build(name), folder / case, random_tokens, REST, SHARED)
         for case, name in SHARING.items()
+        if case in wanted
     }
 
 
@@ -45,7 +52,9 @@ def answers(
     return by_engine(checkpoints, smollm2, random_prompt, STEPS)
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *SHARING])
+@pytest.mark.parametrize(
+    "name", [*OFTEN, *thorough(*(n for n in (*ARCHITECTURES, *SHARING) if n not in OFTEN))]
+)
 def test_served_as_transformers_computes(
     name: str, answers: dict[str, Any], checkpoints: dict[str, Path], random_prompt: list[int]
 ) -> None:

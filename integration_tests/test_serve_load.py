@@ -26,7 +26,7 @@ from served import FAST_DTYPE, ONE_THREAD, vllm_server
 from support import CUR, ROUND_TO_NEAREST, recipe_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = [pytest.mark.serve, pytest.mark.slow]
+pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.thorough]
 
 MODEL = "smollm2"
 MAX_LENGTH = 1024

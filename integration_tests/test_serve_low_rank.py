@@ -12,7 +12,7 @@ from architectures import build
 from datasets import Dataset
 from llmcompressor import oneshot
 from served import by_engine, by_transformers, result, served, side_by_side
-from support import NO_PROCESSOR, recipe_text
+from support import NO_PROCESSOR, asked_for, recipe_text, thorough
 from test_low_rank import W4A16
 from transformers import AutoModelForCausalLM
 
@@ -46,25 +46,28 @@ def checkpoints(
 
 @pytest.fixture(scope="module")
 def answers(
-    checkpoints: dict[str, Path], smollm2: Path, random_prompt: list[int]
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    smollm2: Path,
+    random_prompt: list[int],
 ) -> dict[str, Any]:
     ask = (random_prompt, STEPS)
     plain, quantized = ({name: checkpoints[name]} for name in ("float", "four bits"))
     two_ranks = ("--enforce-eager", "--tensor-parallel-size", "2", "--tokenizer", str(smollm2))
     path = checkpoints["float"]
-    found = side_by_side(
-        {
-            "engine": partial(by_engine, plain, smollm2, *ask),
-            # Quantized weights have kernels for 16 bits.
-            "16 bits": partial(by_engine, quantized, smollm2, *ask, "bfloat16"),
-            "two ranks": partial(served, path, path.with_suffix(".log"), *ask, *two_ranks),
-        }
-    )
-    two = {"two ranks": found["two ranks"]}
-    return two | result(found, "engine") | result(found, "16 bits")
+    jobs: dict[str, Any] = {
+        "engine": partial(by_engine, plain, smollm2, *ask),
+        # Quantized weights have kernels for 16 bits.
+        "16 bits": partial(by_engine, quantized, smollm2, *ask, "bfloat16"),
+    }
+    if "two ranks" in asked_for(request, "case"):
+        log = path.with_suffix(".log")
+        jobs["two ranks"] = partial(served, path, log, *ask, *two_ranks)
+    found = side_by_side(jobs)
+    return found | result(found, "engine") | result(found, "16 bits")
 
 
-@pytest.mark.parametrize("case", ["float", "two ranks"])
+@pytest.mark.parametrize("case", ["float", *thorough("two ranks")])
 def test_served_as_transformers_computes_it(
     case: str, answers: dict[str, Any], checkpoints: dict[str, Path], random_prompt: list[int]
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from architectures import CUR_TARGETS, ID_TARGETS, build, factor
 from datasets import Dataset
 from served import by_transformers, result, served, side_by_side
-from support import MIXED, ROUND_TO_NEAREST, W8A8
+from support import MIXED, ROUND_TO_NEAREST, W8A8, asked_for, thorough
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
@@ -27,11 +27,15 @@ CASES: dict[str, tuple[str, int, dict[str, Any] | None]] = {
     "W8A8": ("llama_one_kv_head", 2, W8A8),
     "4 bits, 8 bits and none in one module": ("llama_one_kv_head", 1, MIXED),
 }
+OFTEN = ["key and value head on three ranks", "W4A16"]
+SELDOM = [case for case in CASES if case not in OFTEN]
 
 
 @pytest.fixture(scope="module")
 def checkpoints(
-    tmp_path_factory: pytest.TempPathFactory, random_tokens: Dataset
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    random_tokens: Dataset,
 ) -> dict[str, Path]:
     """A checkpoint for each case."""
     folder = tmp_path_factory.mktemp("parallel")
@@ -40,6 +44,7 @@ def checkpoints(
             build(model), folder / case.replace(" ", "_"), random_tokens, CUR, ROW_ID, then
         )
         for case, (model, _, then) in CASES.items()
+        if case in asked_for(request, "case")
     }
 
 
@@ -63,11 +68,14 @@ def answers(
             dtype="bfloat16" if then else "float32",
         )
         for case, (_, ranks, then) in CASES.items()
+        if case in checkpoints
     }
     return side_by_side(jobs)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*OFTEN, *thorough(*SELDOM)]
+)
 def test_ranks_together_compute_what_transformers_does(
     case: str, answers: dict[str, Any], checkpoints: dict[str, Path], random_prompt: list[int]
 ) -> None:

@@ -31,8 +31,10 @@ from support import (
     REPOSITORY,
     ROUND_TO_NEAREST,
     W8A8,
+    asked_for,
     recipe_text,
     run_project,
+    thorough,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,7 +75,7 @@ EXACT: dict[str, tuple[str, tuple[str, ...]]] = {
     # What users get: at this size only gate and up stay in factors.
     "id by default": ("id", (*EAGER, "--additional-config", "{}")),
 }
-QUANTIZED = ["dense", "cur-w4a16", "id-w4a16", "cur-w8a8", "dense-w8a8"]
+EXACT_OFTEN = ["cur", "id compiled", "id by default"]
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +95,20 @@ def data(smollm2: Path, reference_text: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def checkpoints(
-    smollm2: Path, data: Dataset, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    smollm2: Path,
+    data: Dataset,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
-    """The dense model and what the recipes make of it."""
+    """The dense model and what the recipes make of it, as far as tests ask for them."""
     folder = tmp_path_factory.mktemp("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     paths = {"dense": smollm2}
+    wanted = {EXACT[case][0] for case in asked_for(request, "case")}
+    wanted |= {name for names in asked_for(request, "names") for name in names}
     for name, (recipe, dtype) in CHECKPOINTS.items():
+        if name not in wanted:
+            continue
         stored = getattr(torch, dtype)
         model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=computed_dtype(stored))
         oneshot(model=model, dataset=data, recipe=recipe)
@@ -111,7 +120,10 @@ def checkpoints(
 
 @pytest.fixture(scope="module")
 def exact(
-    checkpoints: dict[str, Path], prompt: list[int], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    prompt: list[int],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """What the float32 servers answer."""
     logs = tmp_path_factory.mktemp("logs")
@@ -121,15 +133,22 @@ def exact(
                 served, checkpoints[name], logs / f"{case}.log", prompt, STEPS, *arguments
             )
             for case, (name, arguments) in EXACT.items()
+            if case in asked_for(request, "case")
         }
     )
 
 
 @pytest.fixture(scope="module")
-def rounded(checkpoints: dict[str, Path], smollm2: Path, prompt: list[int]) -> dict[str, Any]:
+def rounded(
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    smollm2: Path,
+    prompt: list[int],
+) -> dict[str, Any]:
     """What vLLM's engine answers in bfloat16, in one process: five servers take much longer, and
     :func:`test_lm_eval_agrees` has a real one of four bits."""
-    paths = {name: checkpoints[name] for name in QUANTIZED}
+    wanted = {name for names in asked_for(request, "names") for name in names}
+    paths = {name: checkpoints[name] for name in sorted(wanted)}
     return by_engine(paths, smollm2, prompt, steps=1, dtype="bfloat16")
 
 
@@ -146,7 +165,9 @@ def reference(checkpoints: dict[str, Path], prompt: list[int]) -> Callable[[str]
     return answer
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize(
+    "case", [*EXACT_OFTEN, *thorough(*(case for case in EXACT if case not in EXACT_OFTEN))]
+)
 def test_float32_is_what_transformers_computes(
     case: str, exact: dict[str, Any], reference: Callable[[str], Answers]
 ) -> None:
@@ -156,9 +177,11 @@ def test_float32_is_what_transformers_computes(
     assert wanted.greedy == found.greedy
 
 
-@pytest.mark.parametrize("name", ["cur-w4a16", "id-w4a16"])
+@pytest.mark.parametrize(
+    "names", [("id-w4a16", "dense"), *thorough(("cur-w4a16", "dense"))], ids="÷".join
+)
 def test_w4a16_rounds_as_the_dense_model_does(
-    name: str,
+    names: tuple[str, str],
     rounded: dict[str, Any],
     reference: Callable[[str], Answers],
     checkpoints: dict[str, Path],
@@ -166,7 +189,8 @@ def test_w4a16_rounds_as_the_dense_model_does(
 ) -> None:
     """Or as transformers does in bfloat16 with the same factors, where they amplify rounding more
     than the dense model: that is the checkpoint's doing, and depends on its calibration."""
-    dense = reference("dense").deviation(result(rounded, "dense"))
+    name, beside = names
+    dense = reference(beside).deviation(result(rounded, beside))
     found = reference(name).deviation(result(rounded, name))
     transformers = by_transformers(checkpoints[name], prompt, 1, torch.bfloat16)
     expected = reference(name).deviation(transformers)
@@ -177,7 +201,10 @@ def test_w4a16_rounds_as_the_dense_model_does(
     assert found < 1.5 * max(dense, expected)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("names", [("cur-w8a8", "dense-w8a8")], ids="÷".join)
 def test_w8a8_rounds_as_dense_w8a8_does(
+    names: tuple[str, str],
     rounded: dict[str, Any],
     reference: Callable[[str], Answers],
     checkpoints: dict[str, Path],
@@ -185,10 +212,7 @@ def test_w8a8_rounds_as_dense_w8a8_does(
 ) -> None:
     """Activations rounded to 8 bits differ wherever 16 bits differ in the last place, in any two
     implementations: the dense W8A8 model, and transformers in bfloat16, are the measure."""
-    by_name = {
-        name: reference(name).deviation(result(rounded, name))
-        for name in ("cur-w8a8", "dense-w8a8")
-    }
+    by_name = {name: reference(name).deviation(result(rounded, name)) for name in names}
     transformers = by_transformers(checkpoints["cur-w8a8"], prompt, 1, torch.bfloat16)
     expected = reference("cur-w8a8").deviation(transformers)
     print(f"deviations {by_name}; transformers' own in bfloat16 {expected:.4f}")
@@ -196,11 +220,13 @@ def test_w8a8_rounds_as_dense_w8a8_does(
     assert by_name["cur-w8a8"] < 1.5 * expected
 
 
-def test_lm_eval_agrees(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.thorough
+@pytest.mark.parametrize("names", [("id-w4a16",)], ids="÷".join)
+def test_lm_eval_agrees(names: tuple[str], checkpoints: dict[str, Path], tmp_path: Path) -> None:
     data = REPOSITORY.parent / "shared" / "data" / "zeroshot"
     if not data.is_dir():
         pytest.skip(f"no questions at {data}")
-    path = checkpoints["id-w4a16"]
+    path = checkpoints[names[0]]
     given = {"model": path, "tasks": "arc_easy", "task_data": data, "limit": 200}
 
     def accuracies(name: str, **extra: object) -> dict[str, float]:
