@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,35 @@ def test_bad_input_is_named_before_the_slow_part(
     found = refusal(run, given, capsys, [str(REPOSITORY / "recipes" / "id.yaml")])
     assert re.search(message, found), found
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["id", "id.yaml"])
+def test_a_recipe_that_comes_with_the_package_is_found_by_its_name(name: str) -> None:
+    found = run.parse([name, "--model", "m", "--calibrate", "t", "--output", "out"]).recipe
+    assert found == REPOSITORY / "recipes" / "id.yaml"
+
+
+def test_a_file_goes_before_a_recipe_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "id.yaml").touch()  # tests start there
+    assert run.find_recipe("id.yaml") == Path("id.yaml")
+    assert run.find_recipe("nothing") == Path("nothing")
+
+
+def test_outside_a_clone_smollm2_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tools", "tools.smollm2"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(FileNotFoundError, match=r"tools/smollm2.py of .* name another model"):
+        run.model_source("smollm2")
+
+
+def test_the_command_is_that_of_the_package(tmp_path: Path) -> None:
+    """By a whole path, from another folder."""
+    command = [sys.executable, str(REPOSITORY / "recipes" / "run.py")]
+    done = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: run.py" in done.stdout
+    given = ["nothing", "--model", "m", "--calibrate", "t", "--output", "out"]
+    done = subprocess.run([*command, *given], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "no recipe nothing; see recipes/README.md" in done.stderr
 
 
 def test_an_output_may_lie_beside_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:

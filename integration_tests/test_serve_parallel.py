@@ -73,9 +73,7 @@ def answers(
     return side_by_side(jobs)
 
 
-@pytest.mark.parametrize(
-    "case", [*OFTEN, *thorough(*SELDOM)]
-)
+@pytest.mark.parametrize("case", [*OFTEN, *thorough(*SELDOM)])
 def test_ranks_together_compute_what_transformers_does(
     case: str, answers: dict[str, Any], checkpoints: dict[str, Path], random_prompt: list[int]
 ) -> None:

@@ -185,21 +185,19 @@ class _Harness:
         return row | {"seconds": round(seconds, 1)}
 
 
-def _weights(source: str, options: argparse.Namespace) -> None:
-    """Singular values and maps of |W|: no data, no compression."""
-    import mlflow
+Spectra = dict[str, dict[int, list[float]]]
+Maps = dict[str, dict[int, Any]]
+
+
+def _spectra(layers: Sequence[tuple[str, Any]]) -> tuple[Spectra, Maps, list[dict[str, Any]]]:
+    """Singular values and maps of |W|, by projection and layer, and a row a weight."""
     import torch
     from torch.nn.functional import adaptive_avg_pool2d
     from tqdm import tqdm
-    from transformers import AutoModelForCausalLM
 
-    from cur_modifier.structure.layers import decoder_layers
-
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    spectra: dict[str, dict[int, list[float]]] = {}
-    maps: dict[str, dict[int, Any]] = {}
+    spectra: Spectra = {}
+    maps: Maps = {}
     rows = []
-    layers = decoder_layers(model)
     for index, (name, layer) in enumerate(tqdm(layers, desc="Singular values")):
         for path, module in layer.named_modules():
             if not isinstance(module, torch.nn.Linear):
@@ -224,6 +222,19 @@ def _weights(source: str, options: argparse.Namespace) -> None:
                     "module": f"{name}.{path}",
                 }
             )
+    return spectra, maps, rows
+
+
+def _weights(source: str, options: argparse.Namespace) -> None:
+    """Singular values and maps of |W|: no data, no compression."""
+    import mlflow
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cur_modifier.structure.layers import decoder_layers
+
+    layers = decoder_layers(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    spectra, maps, rows = _spectra(layers)
     shown = sorted({round(i * (len(layers) - 1) / 4) for i in range(5)})
     for file, figure in (
         ("decay.png", decay(spectra)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,3 +172,16 @@ def test_a_file_of_something_else_is_refused(
     message = refusal([f"--data={data}", f"--output={output}"], capsys)
     assert str(output) in message and "--output" in message
     assert output.read_text() == content
+
+
+def test_wrong_arguments_are_refused_before_torch_is_imported(data: Path) -> None:
+    code = (
+        "import sys\n"
+        "from mlflow_projects.bench.quality.__main__ import parse\n"
+        "try:\n"
+        f"    parse(['--data', {str(data)!r}, '--model', '/nowhere', '--output', 'x.json'])\n"
+        "finally:\n"
+        "    assert not {'torch', 'llmcompressor'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "is not a model's directory" in done.stderr
