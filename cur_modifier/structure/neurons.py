@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
@@ -20,11 +18,9 @@ from torch import nn
 
 from cur_modifier.forms.base import FactoredLinear, is_factored
 from cur_modifier.structure.readers import Call, called_once, recorded
+from cur_modifier.structure.units import is_quantized, linears_below, unchanged_by
 
 __all__ = ["Neurons", "find_neurons", "put_in_order"]
-
-# Machine epsilons by which a function of one number may differ with its place in a vector.
-_ROUNDING = 4
 
 
 @dataclass(frozen=True)
@@ -57,19 +53,15 @@ def find_neurons(
 
     Cost: the forward pass, and another through the layers.
     """
-    linears = {
-        f"{layer}.{name}": module
-        for layer in layers
-        for name, module in _linears(model.get_submodule(layer))
-    }
     found: list[Neurons] = []
     if not layers:
         return found
+    linears = linears_below(model, layers)
     with recorded(model, [*linears, *layers]) as every_call:
         run()
     calls = called_once(every_call)
     for layer in layers:
-        ran = [n for n in calls if n.startswith(f"{layer}.") and not _quantized(linears[n])]
+        ran = [n for n in calls if n.startswith(f"{layer}.") and not is_quantized(linears[n])]
         for producers in _side_by_side(ran, linears, calls):
             if not wanted.isdisjoint(producers):
                 found += _neurons_of(model, layer, producers, ran, linears, calls)[:1]
@@ -101,27 +93,13 @@ def put_in_order(model: nn.Module, neurons: Sequence[Neurons], run: Callable[[],
     for each in neurons:
         producers = [model.get_submodule(name) for name in each.producers]
         sequence = _common_sequence(producers)
-        if sequence is None or not _permutable(model, each, calls):
+        if sequence is None or not _is_free(model, each, calls):
             continue
         for producer in producers:
             _reorder(producer, outputs=sequence)
         _reorder(model.get_submodule(each.consumer), inputs=sequence)
         done += 1
     return done
-
-
-# -- finding -------------------------------------------------------------------------------------
-
-
-def _linears(parent: nn.Module) -> list[tuple[str, nn.Linear | FactoredLinear]]:
-    """Below a decoder layer, dense and factored; not the factors."""
-    found = [
-        (name, m)
-        for name, m in parent.named_modules()
-        if isinstance(m, nn.Linear) or is_factored(m)
-    ]
-    containers = tuple(f"{name}." for name, m in found if is_factored(m))
-    return [(name, m) for name, m in found if not name.startswith(containers)]
 
 
 def _side_by_side(
@@ -139,47 +117,6 @@ def _side_by_side(
     return [tuple(group) for group in groups.values()]
 
 
-def _quantized(module: nn.Module) -> bool:
-    return getattr(module, "quantization_scheme", None) is not None
-
-
-def _permutable(model: nn.Module, neurons: Neurons, calls: Mapping[str, Call]) -> bool:
-    """Whether the consumer and the layer see the same whatever the order of the neurons."""
-    if not {neurons.layer, neurons.consumer} <= calls.keys():
-        return False
-    whole, reading = calls[neurons.layer], calls[neurons.consumer].args[0]
-    order = torch.randperm(reading.shape[-1], generator=torch.Generator().manual_seed(0))
-    order = order.to(reading.device)
-    read: list[torch.Tensor] = []
-
-    def permute(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return output[..., order]
-
-    def restore(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        read.append(args[0][..., order.argsort()])
-        return (read[-1], *args[1:])
-
-    with ExitStack() as stack:
-        for name in neurons.producers:
-            handle = model.get_submodule(name).register_forward_hook(permute)
-            stack.callback(handle.remove)
-        consumer = model.get_submodule(neurons.consumer)
-        stack.callback(consumer.register_forward_pre_hook(restore).remove)
-        answer = model.get_submodule(neurons.layer)(*whole.args, **whole.kwargs)
-    return len(read) == 1 and _alike(read[0], reading) and _alike(answer, whole.output)
-
-
-def _alike(one: Any, other: Any) -> bool:
-    one, other = (x[0] if isinstance(x, tuple) else x for x in (one, other))
-    if not (torch.is_tensor(one) and torch.is_tensor(other) and one.shape == other.shape):
-        return False
-    limit = _ROUNDING * torch.finfo(one.dtype).eps
-    return bool((one - other).double().norm() <= limit * other.double().norm())
-
-
-# -- putting in order ----------------------------------------------------------------------------
-
-
 def _neurons_of(
     model: nn.Module,
     layer: str,
@@ -195,7 +132,18 @@ def _neurons_of(
         for reader in ran[ran.index(producers[-1]) + 1 :]
         if linears[reader].in_features == width
     )
-    return [trial for trial in trials if _permutable(model, trial, calls)]
+    return [trial for trial in trials if _is_free(model, trial, calls)]
+
+
+def _is_free(model: nn.Module, neurons: Neurons, calls: Mapping[str, Call]) -> bool:
+    """Whether the consumer and the layer see the same whatever the order of the neurons."""
+    if neurons.consumer not in calls:
+        return False
+    reading = calls[neurons.consumer].args[0]
+    order = torch.randperm(reading.shape[-1], generator=torch.Generator().manual_seed(0))
+    order = order.to(reading.device)
+    orders = dict.fromkeys(neurons.producers, order)
+    return unchanged_by(model, neurons.layer, orders, (neurons.consumer, order), calls)
 
 
 def _common_sequence(producers: Sequence[nn.Module]) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from cur_modifier.forms.base import FactoredLinear, is_factored
 from cur_modifier.forms.form import Form
 from cur_modifier.forms.sizes import Shape
 from cur_modifier.linalg import apportion, skeleton_shares
+from cur_modifier.structure.operators import as_matrix
 from cur_modifier.structure.readers import called_once, recorded
 
 __all__ = ["Candidate", "find_candidates", "joined", "with_direct_outputs"]
@@ -137,7 +138,7 @@ def find_candidates(
         if not hits:
             raise ValueError(
                 f"target {target!r} matches no Linear inside the decoder layers of "
-                f"{type(model).__name__}. Linears there: {_projections(layers)}. "
+                f"{type(model).__name__}. {_projections(layers)} "
                 "Regular expressions start with 're:', e.g. 're:.*q_proj$'."
             )
     if not candidates:
@@ -235,9 +236,15 @@ def _refuse_quantized(name: str, module: nn.Module) -> None:
 
 
 def _projections(layers: Sequence[tuple[str, nn.Module]]) -> str:
-    names = {
-        name.rpartition(".")[2]
-        for name, module in layers[0][1].named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    return ", ".join(sorted(names))
+    """What multiplies by a matrix in a layer, and could be meant."""
+    linears: set[str] = set()
+    others: set[str] = set()
+    for name, module in layers[0][1].named_modules():
+        if isinstance(module, nn.Linear):
+            linears.add(name.rpartition(".")[2])
+        elif as_matrix(module) is not None:
+            others.add(f"{name} ({type(module).__name__})")
+    found = f"Linears there: {', '.join(sorted(linears)) or 'none'}."
+    if others:
+        found += f" Not yet factored: {', '.join(sorted(others))}."
+    return found
