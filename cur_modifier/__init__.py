@@ -2,7 +2,7 @@
 
 Importing this package registers ``CURModifier`` and ``CURHealModifier`` with llm-compressor and the
 quantizer ``cur`` with transformers, where they are installed. Where they are not (a serving
-environment, a laptop that only reads layouts), it imports all the same.
+environment, a laptop that only reads schemas), it imports all the same.
 """
 
 from __future__ import annotations

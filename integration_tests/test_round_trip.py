@@ -153,15 +153,15 @@ def _python(script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_layout_describes_the_checkpoint(saved: Saved) -> None:
     config = json.loads((saved.path / "config.json").read_text())
-    layout = Schema.read(config["quantization_config"])
+    schema = Schema.read(config["quantization_config"])
     tensors = load_file(saved.path / "model.safetensors")
-    for name, module in layout.modules.items():
+    for name, module in schema.modules.items():
         for factor, shape in module.factor_shapes.items():
-            if layout.compressed_tensors is None:
+            if schema.compressed_tensors is None:
                 assert tensors[f"{name}.{factor}.weight"].shape == shape
             else:
                 assert tuple(tensors[f"{name}.{factor}.weight_shape"].tolist()) == shape
-    assert (layout.compressed_tensors is not None) == ("w4a16" in saved.name)
+    assert (schema.compressed_tensors is not None) == ("w4a16" in saved.name)
     assert (saved.path / "recipe_as_given.yaml").exists()
 
 

@@ -146,9 +146,9 @@ class CURQuantizationConfig(QuantizationConfig):
         from cur_modifier.vllm.method import FactoredLinearMethod
 
         if self.inner is not None:
-            from cur_modifier.vllm.kernels import stand_in
+            from cur_modifier.vllm.kernels import replace_unfit
 
-            stand_in()
+            replace_unfit()
         if isinstance(layer, LinearBase):
             names = self._parts(prefix)
             specs = {name: self.modules.get(name) for name in names}

@@ -31,7 +31,14 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import convert_to_channelwise
 from vllm.platforms import CpuArchEnum, PlatformEnum, current_platform
 
-__all__ = ["UnpackedInt8Kernel", "UnpackedWNA16Kernel", "as_dense", "disable", "stand_in", "unfit"]
+__all__ = [
+    "UnpackedInt8Kernel",
+    "UnpackedWNA16Kernel",
+    "as_dense",
+    "disable",
+    "replace_unfit",
+    "unfit",
+]
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers only
 
@@ -145,7 +152,7 @@ def disable(kernels: list[str]) -> None:
 
 
 @cache
-def stand_in() -> None:
+def replace_unfit() -> None:
     """Replace the kernels that are unfit for this CPU, once a process, and say so in the log."""
     kernels = unfit()
     if kernels:
