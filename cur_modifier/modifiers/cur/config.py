@@ -184,7 +184,8 @@ class RefineConfig(BaseModel):
         learning_rate: of Adam, relative to the factors as in ``CURHealModifier``; it falls along
             half a cosine.
         train: ``free`` trains the factors that the form leaves free (``U`` of CUR, ``T`` of a row
-            ID); ``all`` trains all factors: a CUR's rows and columns are then real no more.
+            ID, ``A`` of a plain pair); ``all`` trains all factors: a CUR's rows and columns are
+            then real no more.
         norms: also train the layer's normalization weights.
         validation_share: part of the windows held out. What is kept is never worse on them than the
             fit.

@@ -1,4 +1,4 @@
-"""``CURHealModifier``: the stage that trains what CUR and row ID leave free."""
+"""``CURHealModifier``: the stage that trains the factor that each form leaves free."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ _BASE = frozenset(Modifier.model_fields)
 class CURHealModifier(Modifier):
     """Heals a factored model by distillation from the dense one (CURing, Park and Moon 2025).
 
-    It trains the core of every CUR layer, ``U = U0 + ΔU``, and the interpolation ``T`` of every row
-    ID. Real rows and columns, skeletons and orders stay as they are, bit for bit. The loss is the
+    It trains the core of every CUR layer, ``U = U0 + ΔU``, the interpolation ``T`` of every row ID,
+    and ``A`` of every plain pair. The other factors (real rows and columns, skeletons, ``B``) and
+    orders stay as they are, bit for bit. The loss is the
     distance between the two models' decoder-layer outputs (:class:`~.distill.Distillation` states
     it), with gradients from end to end. The factors kept are the best seen on held-out samples,
     step 0 among them: healing never makes the model worse there.
