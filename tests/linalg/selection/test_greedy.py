@@ -15,7 +15,7 @@ from cur_modifier.linalg import (
     select_rows_and_columns,
 )
 
-from .strategies import SEEDS, seeded
+from ..strategies import SEEDS, seeded
 
 
 def left_over(A: torch.Tensor, rows: list[int], metric: torch.Tensor | None) -> float:

@@ -1,5 +1,7 @@
 """A skeleton that takes a fixed number of rows from every one of several stacked blocks."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -7,8 +9,6 @@ from hypothesis import strategies as st
 
 from cur_modifier.linalg import (
     LowRank,
-    apportion,
-    damped,
     gram_norm,
     interpolative,
     row_id_of_pair,
@@ -112,37 +112,6 @@ def test_blocks_that_do_not_fit_are_named(blocks, reason):
         row_id_of_pair(pair, blocks=blocks)
 
 
-# What each block gives
-
-
-@given(st.data(), SIZES, st.integers(1, 5))
-def test_shares_add_up_and_fit(data, sizes, multiple_of):
-    total = data.draw(st.integers(0, sum(sizes)))
-    shares = data.draw(
-        st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes)).filter(sum)
-    )
-    given_out = apportion(shares, sizes, total, multiple_of=multiple_of)
-    assert sum(given_out) == total
-    assert all(0 <= c <= size for c, size in zip(given_out, sizes, strict=True))
-    possible = sum(size // multiple_of for size in sizes) * multiple_of >= total
-    if total % multiple_of == 0 and possible:
-        assert all(c % multiple_of == 0 for c in given_out)
-
-
-def test_shares_are_in_proportion():
-    assert apportion([6, 3, 1], [100, 100, 100], 100) == [60, 30, 10]
-    assert apportion([6, 3, 1], [100, 100, 100], 96, multiple_of=32) == [64, 32, 0]
-    assert apportion([9, 1], [32, 96], 96, multiple_of=32) == [32, 64]
-
-
-@pytest.mark.parametrize(
-    ("shares", "sizes", "total"), [([1], [3, 3], 2), ([0, 0], [3, 3], 2), ([1, 1], [3, 3], 7)]
-)
-def test_shares_that_cannot_be_met_are_named(shares, sizes, total):
-    with pytest.raises(ValueError, match="can't be shared"):
-        apportion(shares, sizes, total)
-
-
 @given(SEEDS, st.integers(1, 3))
 def test_blocks_give_what_they_have(seed, multiple_of):
     """A block of zeros gives nothing, one of independent large rows all it can."""
@@ -151,20 +120,3 @@ def test_blocks_give_what_they_have(seed, multiple_of):
         [torch.zeros(6, 12), gaussian(6, 12, generator), 1e-3 * gaussian(6, 12, generator)]
     )
     assert skeleton_shares(W.double(), 6, [6, 6, 6], multiple_of=multiple_of) == [0, 6, 0]
-
-
-# The metric of stacked outputs
-
-
-@given(SEEDS, st.booleans())
-def test_each_block_s_metric_is_damped_by_its_own_mean(seed, full):
-    """One block's gradients may be a million times another's."""
-    generator = seeded(seed)
-    small, large = (scale * full_gram(n, generator) for scale, n in ((1e-6, 4), (1.0, 6)))
-    if not full:
-        small, large = small.diagonal(), large.diagonal()
-    joint = torch.block_diag(small, large) if full else torch.cat([small, large])
-    found = damped(joint, 0.1, [4, 6])
-    wanted = [damped(small, 0.1), damped(large, 0.1)]
-    expected = torch.block_diag(*wanted) if full else torch.cat(wanted)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

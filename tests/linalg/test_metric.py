@@ -1,52 +1,33 @@
+"""Metrics of inputs and outputs: roots, norms, damping and spectra."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur_modifier.linalg import GramAccumulator, apply_gram, gram_norm, gram_sqrt
+from cur_modifier.linalg import (
+    apply_gram,
+    curvature_spectrum,
+    damped,
+    gram_norm,
+    gram_sqrt,
+    shrunk,
+)
 
-from .strategies import DTYPES, GRAMS, SEEDS, full_gram, gaussian, grams, matrices, seeded
-
-
-@given(SEEDS, st.integers(1, 12), st.lists(st.integers(0, 9), min_size=1, max_size=6), DTYPES)
-def test_streaming_equals_one_product_whatever_the_batching(seed, n, batches, dtype):
-    x = gaussian(sum(batches) + 1, n, seeded(seed)).to(dtype)
-    accumulator = GramAccumulator(n, dtype=torch.float64)
-    for batch in x.split([*batches, 1]):
-        accumulator.update(batch)
-    assert accumulator.tokens == x.shape[0]
-    torch.testing.assert_close(accumulator.second_moment(), x.double().T @ x.double() / x.shape[0])
-
-
-@given(SEEDS)
-def test_leading_dimensions_are_tokens(seed):
-    x = gaussian(24, 5, seeded(seed)).float()
-    flat, batched = GramAccumulator(5), GramAccumulator(5)
-    flat.update(x)
-    batched.update(x.reshape(2, 3, 4, 5))
-    torch.testing.assert_close(flat.second_moment(), batched.second_moment())
-    assert flat.tokens == batched.tokens
-
-
-@given(SEEDS, st.integers(1, 40))
-def test_second_moment_is_symmetric_and_positive_semidefinite(seed, n):
-    accumulator = GramAccumulator(n)
-    accumulator.update(gaussian(17, n, seeded(seed)))
-    gram = accumulator.second_moment()
-    torch.testing.assert_close(gram, gram.T)
-    values = torch.linalg.eigvalsh(gram.double())
-    assert values[0] >= -1e-5 * values[-1]
-
-
-def test_accumulator_refuses_what_it_cannot_use():
-    accumulator = GramAccumulator(4)
-    with pytest.raises(ValueError, match="no token"):
-        accumulator.second_moment()
-    with pytest.raises(ValueError, match=r"5 features.* 4"):
-        accumulator.update(torch.zeros(2, 5))
-    accumulator.update(torch.full((2, 4), torch.nan))
-    with pytest.raises(ValueError, match=r"activations.*NaN.*calibration data"):
-        accumulator.second_moment()
+from .strategies import (
+    DTYPES,
+    GRAMS,
+    SEEDS,
+    SHAPES,
+    full_gram,
+    gaussian,
+    grams,
+    matrices,
+    seeded,
+    weight_and_metrics,
+)
 
 
 @given(st.integers(1, 20).flatmap(grams))
@@ -103,9 +84,6 @@ def test_inputs_are_not_mutated(seed, dtype):
     x = gaussian(6, 6, generator).to(dtype)
     for gram in (make(6, generator).to(dtype) for make in GRAMS):
         before, x_before = gram.clone(), x.clone()
-        accumulator = GramAccumulator(6)
-        accumulator.update(x)
-        accumulator.second_moment()
         apply_gram(x, gram)
         gram_norm(x, gram)
         gram_sqrt(gram)
@@ -133,3 +111,54 @@ def test_norm_of_nan_is_named():
     with pytest.raises(ValueError, match=r"Gram matrix.*NaN"):
         gram_norm(torch.ones(2, 3), torch.full((3,), torch.nan))
     assert gram_norm(torch.ones(2, 3), full_gram(3, seeded(0))) > 0
+
+
+@given(SEEDS, st.integers(1, 4))
+def test_a_metric_that_was_rounded_is_definite_when_damped(seed, tokens):
+    """Few tokens, of which one has massive gradients: rounding to 16 bits exceeds the damping."""
+    generator = seeded(seed)
+    g = gaussian(tokens, 200, generator) * (2 * gaussian(1, 200, generator)).exp()
+    exact = g.mT @ g
+    rounded = exact.to(torch.bfloat16)
+    found = damped(rounded, 1e-3)
+    assert not int(torch.linalg.cholesky_ex(found).info)
+    assert torch.linalg.norm(found - exact) < 0.01 * torch.linalg.norm(exact)
+    # Nothing is done to one that rounding left definite.
+    definite = exact + torch.eye(200) * exact.diagonal().max()
+    torch.testing.assert_close(
+        damped(definite, 0.5), definite + 0.5 * definite.diagonal().mean() * torch.eye(200)
+    )
+
+
+@given(SEEDS, st.integers(2, 12))
+def test_a_shrunk_gram_has_full_rank_whatever_the_tokens(seed, n):
+    x = gaussian(1, n, seeded(seed))
+    x[0, 0] *= 1e4  # a massive activation
+    torch.linalg.cholesky(shrunk(x.T @ x, 0.1))
+    assert float(shrunk(x.T @ x, 0.1)[1, 1]) < 2 * float(x[0, 1] ** 2) + 1e-6 * float(x[0, 0] ** 2)
+
+
+@given(SEEDS, SHAPES)
+def test_the_spectrum_tells_what_a_truncation_costs(seed, shape):
+    W, gram, outputs, _ = weight_and_metrics(seed, shape)
+    values = torch.linalg.svdvals(gram_sqrt(outputs) @ W @ gram_sqrt(gram))
+    scale = float(values[0]) ** 2
+    spectrum = curvature_spectrum(W, gram, outputs)
+    torch.testing.assert_close(spectrum, values.square(), atol=1e-9 * scale, rtol=1e-6)
+    by_diagonal = curvature_spectrum(W, gram, outputs.diagonal())
+    whole = curvature_spectrum(W, gram, torch.diag(outputs.diagonal()))
+    torch.testing.assert_close(by_diagonal, whole, atol=1e-9 * scale, rtol=1e-6)
+
+
+@given(SEEDS, st.booleans())
+def test_each_block_s_metric_is_damped_by_its_own_mean(seed, full):
+    """One block's gradients may be a million times another's."""
+    generator = seeded(seed)
+    small, large = (scale * full_gram(n, generator) for scale, n in ((1e-6, 4), (1.0, 6)))
+    if not full:
+        small, large = small.diagonal(), large.diagonal()
+    joint = torch.block_diag(small, large) if full else torch.cat([small, large])
+    found = damped(joint, 0.1, [4, 6])
+    wanted = [damped(small, 0.1), damped(large, 0.1)]
+    expected = torch.block_diag(*wanted) if full else torch.cat(wanted)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur_modifier.forms.base import FactoredLinear, answering_dense
+from cur_modifier.forms.base import FactoredLinear, Surroundings, answering_dense
 from cur_modifier.forms.cur import CURLinear
 from cur_modifier.forms.row_id import RowIDLinear
 from cur_modifier.forms.sizes import Shape
@@ -114,17 +114,49 @@ def test_containers_are_not_linears_and_factors_are() -> None:
         assert list(layer.factors) == list(layer.sizes.factors(Shape(8, 6, 3)))
 
 
-def test_bad_ranks_are_named() -> None:
-    with pytest.raises(ValueError, match=r"rank 7 is outside 1..6 for a 8x6"):
-        CURLinear(6, 8, 7)
-    with pytest.raises(ValueError, match=r"rank 0 is outside"):
-        RowIDLinear(6, 8, 0)
-    with pytest.raises(ValueError, match=r"leaves no output to interpolate.*Leave the layer dense"):
-        RowIDLinear(8, 6, 6)
-
-
 def test_packed_factors_say_how_to_unpack_them() -> None:
     layer = make("cur", 8, 6, 3, False, torch.float32)
     del layer.cur_u.weight
     with pytest.raises(ValueError, match=r"'cur_u' holds packed weights.*forward pass"):
         layer.to_dense()
+
+
+def positive(size: int, seed: int) -> torch.Tensor:
+    x = torch.randn(3 * size, size, generator=torch.Generator().manual_seed(seed)).double()
+    return x.T @ x / len(x)
+
+
+def fitted(form: str) -> FactoredLinear:
+    W = torch.randn(12, 9, generator=torch.Generator().manual_seed(0))
+    if form == "id":
+        return RowIDLinear.from_factors(interpolative(W, 5))
+    rows, columns = torch.tensor([0, 3, 7, 8]), torch.tensor([1, 2, 5, 8])
+    return CURLinear.from_factors(cur(W, rows, columns))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("form", ["cur", "id"])
+def test_a_change_of_a_factor_costs_what_its_metrics_say(form: str, diagonal: bool) -> None:
+    module = fitted(form).double()
+    G, H = positive(9, 1), positive(12, 2)
+    H = torch.diag(H.diagonal()) if diagonal else H
+    around = module.metrics(Surroundings(G, H.diagonal() if diagonal else H))
+    before = module.dense_weight()
+    assert set(around) == set(module.factors)
+    for name, factor in module.factors.items():
+        output, inputs = around[name]
+        change = torch.randn(factor.weight.shape, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            factor.weight += change
+            moved = module.dense_weight() - before
+            factor.weight -= change
+        cost = torch.einsum("ij,ik,kl,jl->", moved, H, moved, G)
+        if output is None:
+            # Left out where it would be a large diagonal: of the outputs that the factor makes.
+            made = H.diagonal()[module.order >= module.rank] if form == "id" else H.diagonal()
+            places = (
+                module.order[module.order >= module.rank] - module.rank if form == "id" else None
+            )
+            output = torch.diag(made if places is None else made[torch.argsort(places)])
+        predicted = torch.einsum("ij,ik,kl,jl->", change.double(), output, change.double(), inputs)
+        torch.testing.assert_close(predicted, cost)

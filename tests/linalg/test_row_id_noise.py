@@ -1,12 +1,25 @@
 """A fit that expects noise in its skeleton is the best one when the noise comes."""
 
+from __future__ import annotations
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur_modifier.linalg import RowID, apply_gram, gram_norm, interpolative
+from cur_modifier.linalg import (
+    RowID,
+    apply_gram,
+    gram_norm,
+    interpolative,
+)
 
-from .strategies import SEEDS, gaussian, seeded
+from .strategies import (
+    SEEDS,
+    gaussian,
+    metric_loss,
+    seeded,
+    weight_and_metrics,
+)
 
 
 def expected_error(W: torch.Tensor, factors: RowID, gram: torch.Tensor, noise: float) -> float:
@@ -47,3 +60,16 @@ def test_vanishing_noise_changes_nothing(seed: int, plain: bool) -> None:
     rows, norm = torch.arange(rank), None if plain else gram
     exact, near = (interpolative(W, rank, norm, rows=rows, noise=n) for n in (0.0, 1e-14))
     torch.testing.assert_close(near.T, exact.T, rtol=1e-4, atol=1e-6)
+
+
+@given(SEEDS, st.tuples(st.integers(4, 14), st.integers(4, 14)))
+def test_a_quantized_skeleton_is_made_up_for_in_the_metric(seed, shape):
+    W, gram, outputs, _ = weight_and_metrics(seed, shape)
+    rank = min(shape) // 2
+    exact = interpolative(W, rank, gram, outputs=outputs)
+    nearly = interpolative(W, rank, gram, outputs=outputs, noise=1e-12)
+    assert torch.equal(exact.S, nearly.S)
+    scale = metric_loss(W, torch.zeros_like(W), gram, outputs)
+    assert metric_loss(W, nearly.dense(), gram, outputs) <= (
+        metric_loss(W, exact.dense(), gram, outputs) + 1e-6 * scale
+    )
