@@ -72,9 +72,7 @@ def test_unfitted_factors_are_refused_before_anything_is_written(
 ) -> None:
     wrap_save_pretrained(model)
     model.get_submodule(UP).stand_in(torch.nn.Linear(16, 24))
-    with pytest.raises(
-        ValueError, match=rf"{UP} has no fitted factors yet.*Run oneshot"
-    ):
+    with pytest.raises(ValueError, match=rf"{UP} has no fitted factors yet.*Run oneshot"):
         model.save_pretrained(tmp_path / "saved")
     assert names(tmp_path) == set()
 
