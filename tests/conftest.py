@@ -38,3 +38,13 @@ def small_llama() -> Callable[..., Any]:
         return LlamaForCausalLM(config).eval()
 
     return make
+
+
+@pytest.fixture
+def offloaded_llama(small_llama: Callable[..., Any]) -> Any:
+    """Its weights lie on the CPU, and a look at one gives a copy on another device."""
+    offload = pytest.importorskip("compressed_tensors.offload")
+    model = small_llama(0, tie_word_embeddings=True)
+    offload.set_onload_device(model, torch.device("meta"))
+    assert model.lm_head.weight.device.type == "meta"
+    return model

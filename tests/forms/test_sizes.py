@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur_modifier.forms.registry import find_form
 from cur_modifier.forms.sizes import FORMS, Shape, Sizes, dense_parameters
 
 SIDES = st.integers(2, 20_000)
+
+
 SIZES = st.sampled_from(list(FORMS.values()))
 
 
@@ -84,15 +84,3 @@ def test_known_ranks(ratio: float, as_id: int, as_cur: int) -> None:
 def test_a_ratio_outside_its_range_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=rf"ratio {share}.*\(0, 1\].*keeps"):
         FORMS["id"].ratio_rank(8, 8, share)
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_a_form_is_found_where_its_module_says(name: str) -> None:
-    form = find_form(name)
-    assert form.name == name == form.layer.form and form.sizes is FORMS[name]
-    assert callable(import_module(f"cur_modifier.linalg.{form.sizes.module}").solve)
-
-
-def test_an_unknown_form_is_named() -> None:
-    with pytest.raises(ValueError, match=r"no form 'svd'; choose cur, id"):
-        find_form("svd")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from hypothesis import strategies as st
 
+from cur_modifier.linalg import LowRank, damped
+
 SEEDS = st.integers(0, 2**31 - 1)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
 
@@ -103,3 +105,47 @@ GRAMS = (full_gram, singular_gram, diagonal_gram)
 
 def grams(n: int, makers=GRAMS):
     return st.builds(lambda make, seed: make(n, seeded(seed)), st.sampled_from(makers), SEEDS)
+
+
+@st.composite
+def bases(draw):
+    """An orthonormal ``(m, r)``."""
+    m = draw(st.integers(1, 30))
+    return orthonormal(m, draw(st.integers(1, m)), seeded(draw(SEEDS)))
+
+
+def pick(length: int, count: int, seed: int) -> torch.Tensor:
+    """Distinct indices, drawn by ``seed``."""
+    return torch.randperm(length, generator=seeded(seed))[:count]
+
+
+def pair_of(m: int, n: int, rank: int, seed: int = 0) -> LowRank:
+    """A random pair of full rank."""
+    generator = seeded(seed)
+    return LowRank(A=gaussian(m, rank, generator), B=gaussian(rank, n, generator))
+
+
+SHAPES = st.tuples(st.integers(2, 14), st.integers(2, 14))
+
+
+def weight_and_metrics(seed: int, shape: tuple[int, int]):
+    """A weight, ``G``, ``H``, and the generator that drew them."""
+    m, n = shape
+    generator = seeded(seed)
+    W = gaussian(m, n, generator)
+    return W, full_gram(n, generator), damped(full_gram(m, generator), 0.1), generator
+
+
+def metric_loss(W, other, gram, outputs) -> float:
+    """``‖H^{1/2} (W − Ŵ) G^{1/2}‖²``."""
+    error = W - other
+    return float(torch.einsum("ij,ik,kl,jl->", error, outputs, error, gram))
+
+
+def assert_selection(indices: torch.Tensor, count: int, length: int) -> None:
+    """``count`` distinct indices below ``length``."""
+    assert indices.dtype == torch.int64
+    assert indices.shape == (count,)
+    assert indices.unique().numel() == count
+    assert indices.min() >= 0
+    assert indices.max() < length

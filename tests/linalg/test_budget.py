@@ -9,7 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cur_modifier.linalg import RankCurve, allocate_ranks, truncation_tail
+from cur_modifier.linalg import (
+    RankCurve,
+    allocate_ranks,
+    apportion,
+    truncation_tail,
+)
 
 
 def curve(m: int, n: int, decay: float, scale: float, sign: int = -1) -> RankCurve:
@@ -110,3 +115,34 @@ def test_impossible_budgets_are_refused() -> None:
         allocate_ranks([curve(16, 16, 1.0, 1.0)] * 3, 0.1, multiple_of=8)
     with pytest.raises(ValueError, match="outside"):
         allocate_ranks([curve(16, 16, 1.0, 1.0)], 1.5)
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@given(st.data(), SIZES, st.integers(1, 5))
+def test_shares_add_up_and_fit(data, sizes, multiple_of):
+    total = data.draw(st.integers(0, sum(sizes)))
+    shares = data.draw(
+        st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes)).filter(sum)
+    )
+    given_out = apportion(shares, sizes, total, multiple_of=multiple_of)
+    assert sum(given_out) == total
+    assert all(0 <= c <= size for c, size in zip(given_out, sizes, strict=True))
+    possible = sum(size // multiple_of for size in sizes) * multiple_of >= total
+    if total % multiple_of == 0 and possible:
+        assert all(c % multiple_of == 0 for c in given_out)
+
+
+def test_shares_are_in_proportion():
+    assert apportion([6, 3, 1], [100, 100, 100], 100) == [60, 30, 10]
+    assert apportion([6, 3, 1], [100, 100, 100], 96, multiple_of=32) == [64, 32, 0]
+    assert apportion([9, 1], [32, 96], 96, multiple_of=32) == [32, 64]
+
+
+@pytest.mark.parametrize(
+    ("shares", "sizes", "total"), [([1], [3, 3], 2), ([0, 0], [3, 3], 2), ([1, 1], [3, 3], 7)]
+)
+def test_shares_that_cannot_be_met_are_named(shares, sizes, total):
+    with pytest.raises(ValueError, match="can't be shared"):
+        apportion(shares, sizes, total)
