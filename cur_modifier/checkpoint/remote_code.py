@@ -6,6 +6,7 @@ modules of :mod:`cur_modifier.forms` are written so, and are copied as they are.
 
 from __future__ import annotations
 
+import ast
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +17,6 @@ from cur_modifier.forms.sizes import FORMS
 __all__ = ["FOLDER", "ship"]
 
 FOLDER = "cur_code"
-# What any reader needs; a module for each form comes along.
-_READERS = ("base", "form", "latest", "quantizer", "registry", "schema", "sizes")
 _MODELING = '''"""Loads this factored checkpoint where cur_modifier is not installed."""
 
 from {module} import {name} as _Base
@@ -47,7 +46,7 @@ def ship(directory: Path, model_class: type, forms: Iterable[str]) -> str:
     folder.mkdir(exist_ok=True)
     modules = sorted({FORMS[form].module for form in forms})
     source = Path(next(iter(cur_modifier.forms.__path__)))
-    for name in (*_READERS, *modules):
+    for name in _needed(source, ["quantizer", *modules]):
         shutil.copyfile(source / f"{name}.py", folder / f"{name}.py")
     # The registry finds them by name; transformers copies what is imported.
     imports = "\n".join(f"from .{name} import FORM as _{name}  # noqa: F401" for name in modules)
@@ -55,3 +54,21 @@ def ship(directory: Path, model_class: type, forms: Iterable[str]) -> str:
         _MODELING.format(module=model_class.__module__, name=model_class.__name__, forms=imports)
     )
     return f"{FOLDER}/modeling_cur.{model_class.__name__}"
+
+
+def _needed(folder: Path, names: Iterable[str]) -> list[str]:
+    """The modules of a folder that are named, and all that those import from it."""
+    needed: list[str] = []
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in needed:
+            continue
+        needed.append(name)
+        tree = ast.parse((folder / f"{name}.py").read_text())
+        waiting += [
+            node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        ]
+    return sorted(needed)

@@ -49,6 +49,16 @@ class GramAccumulator:
             self._sum.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the sum is kept."""
+        return self._sum.device
+
+    def add(self, other: GramAccumulator) -> None:
+        """Add the tokens that another estimate of as many features has seen."""
+        self._sum += other._sum.to(self._sum)
+        self.tokens += other.tokens
+
     def second_moment(self) -> torch.Tensor:
         """``G (n, n)``, symmetric, in the accumulator's dtype.
 

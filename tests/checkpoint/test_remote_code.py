@@ -35,8 +35,7 @@ def test_modules_import_each_other_and_only_the_needed_forms_come(
                 if node.level:
                     assert node.level == 1 and node.module in shipped, ast.unparse(node)
                     imported.add(node.module)
-    # transformers copies what is imported; `latest` serves row IDs alone.
-    assert shipped - imported <= {"modeling_cur", "latest"}
+    assert shipped - imported == {"modeling_cur"}  # transformers copies what is imported
 
 
 def test_every_shipped_form_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,45 @@ def test_modules_that_meet_later_keep_their_own() -> None:
     torch.testing.assert_close(grams["b"].second_moment(), moment(y, z))
 
 
+def test_modules_that_part_share_what_they_read_together() -> None:
+    grams, (x, y, z) = SharedGrams(), (batch(seed) for seed in range(3))
+    grams.update("a", x)
+    grams.update("b", x)
+    grams.next_batch()
+    grams.update("a", y)
+    grams.update("b", z)
+    torch.testing.assert_close(grams["a"].second_moment(), moment(x, y))
+    torch.testing.assert_close(grams["b"].second_moment(), moment(x, z))
+    grams.drop("a")
+    assert grams.get("a") is None
+    torch.testing.assert_close(grams["b"].second_moment(), moment(x, z))
+
+
+def test_a_module_that_joins_has_no_part_in_what_was_before() -> None:
+    grams, x, y = SharedGrams(), batch(0), batch(1)
+    grams.update("a", x)
+    grams.next_batch()
+    grams.update("a", y)
+    grams.update("b", y)
+    assert (grams["a"].tokens, grams["b"].tokens) == (12, 6)
+    torch.testing.assert_close(grams["b"].second_moment(), moment(y))
+
+
+def test_what_is_written_in_place_afterwards_counts_as_it_was_read() -> None:
+    grams, x = SharedGrams(), batch(0)
+    expected = moment(x.clone())
+    grams.update("a", x)
+    x.mul_(7)
+    torch.testing.assert_close(grams["a"].second_moment(), expected)
+
+
+def test_a_module_that_reads_a_tensor_twice_counts_it_twice() -> None:
+    grams, x = SharedGrams(), batch(0)
+    grams.update("a", x)
+    grams.update("a", x)
+    assert grams["a"].tokens == 12
+
+
 def test_padding_counts_for_nothing() -> None:
     grams, x = SharedGrams(), batch(0)
     real = torch.tensor([[True, True, False], [False, True, True]])

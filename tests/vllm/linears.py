@@ -200,7 +200,9 @@ def compressed_tensors(schemes: dict[str, str]) -> dict[str, Any]:
         }
         activations = common | {"symmetric": True, "strategy": "token", "dynamic": True}
         groups[scheme] = {
-            "targets": [f"re:.*{name}.id_[st]$" for name, s in schemes.items() if s == scheme],
+            "targets": [
+                f"re:.*{name}.(id_[st]|lr_[ab])$" for name, s in schemes.items() if s == scheme
+            ],
             "weights": weights if eight else weights | {"group_size": GROUP},
             "input_activations": activations if eight else None,
             "format": "int-quantized" if eight else "pack-quantized",

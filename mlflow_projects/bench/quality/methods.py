@@ -165,7 +165,7 @@ METHODS: dict[str, Method] = {
     "cur-healed": by_recipe(CUR, HEALING),
     "cur-angular-healed": by_recipe(CUR_ANGULAR, HEALING),
     # SVD-LLM's whitening, by the stage: each layer on what the compressed model gives it.
-    "low-rank": by_recipe(EVERYTHING | {"form": "low_rank", "fit": "gram"}),
+    "low-rank": by_recipe(EVERYTHING | {"form": "low_rank", "fit": "gram", "multiple_of": 1}),
     "id-gram": by_recipe(EVERYTHING | {"form": "id", "fit": "gram"}),
     "id-uniform": by_recipe(ID),
     "id": by_recipe(ID, rank=BUDGET),
