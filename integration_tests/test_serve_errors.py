@@ -103,7 +103,7 @@ CASES: dict[str, Case] = {
     "variant of a later version": (
         [partial(edit_section, lambda section: section["modules"][K].update(axis="column"))],
         [],
-        rf"{K}: id with axis 'column'.*needs a newer cur-modifier. Upgrade it",
+        r"form 'id' with axis 'column' needs a newer cur-modifier. Upgrade it",
     ),
     "order is no permutation": (
         [partial(edit_tensors, lambda tensors: tensors[f"{K}.order"].zero_())],
