@@ -16,6 +16,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,6 @@ def main() -> None:
     started = time.perf_counter()
     check_serving()
     import torch
-    import yaml
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -96,31 +96,21 @@ def main() -> None:
     shutil.rmtree(dense, ignore_errors=True)
     save_dense(source, dense)
     measure("dense", dense, None)
-    for name in RECIPES:
-        stages = yaml.safe_load((HERE / f"{name}.yaml").read_text())["compress_stage"]
-        factors_only = OUT / f"{name}.factors.yaml"
-        factors_only.write_text(
-            yaml.safe_dump({"compress_stage": {"cur_modifiers": stages["cur_modifiers"]}})
-        )
-        form = name.partition("_")[0].upper()
-        for label, recipe in (
-            (f"{form}", factors_only),
-            (f"{form} + GPTQ W4A16", HERE / f"{name}.yaml"),
-        ):
-            print(f"\n== {label}: {recipe}", flush=True)
-            directory = directory_of(label)
-            with tracked_run(f"demo {label}") as log_metric:
-                seconds = compress(
-                    recipe,
-                    source,
-                    calibration,
-                    directory,
-                    samples=SAMPLES,
-                    sequence_length=SEQUENCE_LENGTH,
-                )
-                parameters[label] = stored_parameters(directory, parameters, form, label)
-                log_metric("perplexity", measure(label, directory, seconds))
-                log_metric("checkpoint_bytes", weight_bytes(directory))
+    for form, label, recipe in labelled_recipes():
+        print(f"\n== {label}: {recipe}", flush=True)
+        directory = directory_of(label)
+        with tracked_run(f"demo {label}") as log_metric:
+            seconds = compress(
+                recipe,
+                source,
+                calibration,
+                directory,
+                samples=SAMPLES,
+                sequence_length=SEQUENCE_LENGTH,
+            )
+            parameters[label] = stored_parameters(directory, parameters, form, label)
+            log_metric("perplexity", measure(label, directory, seconds))
+            log_metric("checkpoint_bytes", weight_bytes(directory))
 
     print_table(rows)
     print_answers(answers)
@@ -128,6 +118,23 @@ def main() -> None:
     print(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes; checkpoints in {OUT}/.")
     print("Every run, with its figures and per-layer table:")
     print(f"    {Path(sys.executable).parent / 'mlflow'} ui    # then open the address it prints")
+
+
+def labelled_recipes() -> Iterator[tuple[str, str, Path]]:
+    """The form, the label and the file of what is compressed: each recipe without its quantization,
+    then whole."""
+    import yaml
+
+    for name in RECIPES:
+        whole = HERE / f"{name}.yaml"
+        stages = yaml.safe_load(whole.read_text())["compress_stage"]
+        factors_only = OUT / f"{name}.factors.yaml"
+        factors_only.write_text(
+            yaml.safe_dump({"compress_stage": {"cur_modifiers": stages["cur_modifiers"]}})
+        )
+        form = name.partition("_")[0].upper()
+        yield form, form, factors_only
+        yield form, f"{form} + GPTQ W4A16", whole
 
 
 def check_serving() -> None:
