@@ -14,7 +14,12 @@ from mlflow_projects.bench.serving.forms import Variant
 __all__ = ["log_run", "machine", "plot", "table"]
 
 EXPERIMENT = "cur_modifier-serving"
-COLOURS = {"id": "#0072B2", "cur": "#D55E00", "dense": "#009E73"}  # Okabe and Ito
+COLOURS = {  # Okabe and Ito
+    "id": "#0072B2",
+    "cur": "#D55E00",
+    "low_rank": "#CC79A7",
+    "dense": "#009E73",
+}
 MARKERS = {None: "o", "W4A16": "s", "W8A8": "^"}
 
 
