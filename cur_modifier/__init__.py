@@ -1,8 +1,8 @@
 """Structured compression of language models as a stage of llm-compressor recipes.
 
-Importing this package registers ``CURModifier`` and ``CURHealModifier`` with llm-compressor and the
-quantizer ``cur`` with transformers, where they are installed. Where they are not (a serving
-environment, a laptop that only reads schemas), it imports all the same.
+Importing this package registers ``CURModifier``, ``CURHealModifier`` and ``IDPruningModifier`` with
+llm-compressor and the quantizer ``cur`` with transformers, where they are installed. Where they are
+not (a serving environment, a laptop that only reads schemas), it imports all the same.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cur_modifier.modifiers import CURHealModifier as CURHealModifier
     from cur_modifier.modifiers import CURModifier as CURModifier
+    from cur_modifier.modifiers import IDPruningModifier as IDPruningModifier
 
-__all__ = ["CURHealModifier", "CURModifier"]
+__all__ = ["CURHealModifier", "CURModifier", "IDPruningModifier"]
 
 
 def _register() -> None:

@@ -23,6 +23,14 @@ from cur_modifier.linalg.metric import (
 from cur_modifier.linalg.moments import GramAccumulator, PairedMoments
 from cur_modifier.linalg.problem import Problem
 from cur_modifier.linalg.rank import energy_rank, round_rank_down, round_rank_up
+from cur_modifier.linalg.removal import (
+    Removal,
+    RemovalProblem,
+    growth_by_count,
+    interpolation,
+    kept_features,
+)
+from cur_modifier.linalg.removal import solve as solve_removal
 from cur_modifier.linalg.row_id import (
     RowID,
     interpolative,
@@ -33,8 +41,11 @@ from cur_modifier.linalg.row_id import (
 )
 from cur_modifier.linalg.scores import Score, score
 from cur_modifier.linalg.selection import (
+    Elimination,
     Selection,
     deim,
+    eliminate,
+    elimination,
     greedy,
     leverage_sampled,
     leverage_scores,
@@ -49,11 +60,14 @@ from cur_modifier.linalg.subspace import Subspace, leading_subspace, lstsq, sing
 
 __all__ = [
     "CUR",
+    "Elimination",
     "GramAccumulator",
     "LowRank",
     "PairedMoments",
     "Problem",
     "RankCurve",
+    "Removal",
+    "RemovalProblem",
     "RowID",
     "Score",
     "Selection",
@@ -66,12 +80,17 @@ __all__ = [
     "curvature_spectrum",
     "damped",
     "deim",
+    "eliminate",
+    "elimination",
     "energy_rank",
     "gram_norm",
     "gram_sqrt",
     "greedy",
+    "growth_by_count",
+    "interpolation",
     "interpolative",
     "interpolative_aligned",
+    "kept_features",
     "leading_subspace",
     "leverage_sampled",
     "leverage_scores",
@@ -92,6 +111,7 @@ __all__ = [
     "shrunk",
     "singular_values",
     "skeleton_shares",
+    "solve_removal",
     "split_rows",
     "truncation_tail",
     "weighted_spectrum",

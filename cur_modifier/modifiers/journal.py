@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,54 +13,40 @@ import yaml
 from loguru import logger
 from torch import nn
 
-from cur_modifier.linalg import weighted_spectrum
 from cur_modifier.modifiers import upstream
-from cur_modifier.modifiers.report import (
-    ModuleRecord,
-    Refinement,
-    format_table,
-    parameter_bytes,
-    parameter_count,
-    summarize,
-)
+from cur_modifier.modifiers.report import Refinement, parameter_bytes, parameter_count
 from cur_modifier.tracking import Page, Tracker, start_tracking
-from cur_modifier.tracking.figures import (
-    layer_costs,
-    rank_map,
-    refinement_curves,
-    relative_error_map,
-    spectra,
-)
+from cur_modifier.tracking.figures import refinement_curves
 
 __all__ = ["Journal"]
 
-# A spectrum costs an eigvalsh of the short side; above this only an accelerator does it in passing.
-SPECTRUM_SIDE = 2048
-
 
 class Journal:
-    """The records of one stage, its MLflow run, and the losses that later stages log.
+    """The MLflow run of one stage, the losses that later stages log, and what lies beside the
+    checkpoint.
 
     Args:
-        model: the dense model, before anything is swapped in.
+        model: the dense model, before anything is changed.
         enabled: whether to log to MLflow, and to draw; a store that is out of reach leaves the
             figures to the report.
+        kind: of the stage, the first word of the run's name.
 
     Attributes:
         files: what belongs beside the checkpoint, by name; the report joins it in the end.
-        complete: whether every module is factored.
+        complete: whether the stage has done its work.
+        parameters_before: of the model.
+        draws: whether figures are drawn.
+        losses: of later stages, by module.
     """
 
-    def __init__(self, model: nn.Module, *, enabled: bool) -> None:
-        self.records: dict[str, ModuleRecord] = {}
+    def __init__(self, model: nn.Module, *, enabled: bool, kind: str) -> None:
         self.complete = False
-        self._parameters_before = parameter_count(model)
+        self.parameters_before = parameter_count(model)
+        self.draws = enabled
+        self.losses = upstream.FollowerLosses()
         self._bytes_before = parameter_bytes(model)
-        self._spectra: dict[str, tuple[list[float], int]] = {}
         self._refined: list[Refinement] = []
-        self._losses = upstream.FollowerLosses()
-        name = f"cur-{type(model).__name__}"
-        self._draws = enabled
+        name = f"{kind}-{type(model).__name__}"
         self._tracker = Page(start_tracking(enabled=enabled, run_name=name), title=name)
         recipe = upstream.recipe_as_given()
         text = yaml.safe_dump(recipe, sort_keys=False)
@@ -74,52 +59,8 @@ class Journal:
         """What records the stage, for later stages that go on with its run."""
         return self._tracker
 
-    def planned(
-        self, by: str | list[int], costs: Sequence[float] | None, chosen: Sequence[int]
-    ) -> None:
-        """Log by layer what decided: angular distances, or the expected growth of the loss."""
-        if costs is None:
-            return
-        metric = "expected_loss_growth_nats" if by == "sensitivity" else "angular_distance"
-        self._figure(lambda: layer_costs(metric, costs, list(chosen)), f"{metric}.png")
-        for index, cost in enumerate(costs):
-            if math.isfinite(cost):
-                self._tracker.log_metrics({metric: cost}, step=index)
-
-    def fitted(
-        self,
-        name: str,
-        records: Sequence[ModuleRecord],
-        W: torch.Tensor,
-        mean_square: torch.Tensor | None,
-    ) -> None:
-        """Log what was fitted at once: one module, or several that share a skeleton.
-
-        Args:
-            W: their dense weight, stacked.
-        """
-        for record in records:
-            assert record.relative_error is not None and record.seconds is not None
-            holder = record.shared_skeleton
-            logger.info(
-                f"{record.name}: {record.out_features}x{record.in_features} as {record.form} of "
-                f"rank {record.rank}{f' on the skeleton of {holder}' if holder else ''}, relative "
-                f"error {record.relative_error:.4f}, {record.seconds:.2f} s"
-            )
-            done = sum(r.seconds is not None for r in self.records.values())
-            self._tracker.log_metrics(
-                {"relative_error": record.relative_error, "module_seconds": record.seconds},
-                step=done,
-            )
-        if not self._draws:
-            return
-        if min(W.shape) <= SPECTRUM_SIDE or W.device.type != "cpu":
-            rank = records[0].rank
-            assert rank is not None
-            self._spectra[name] = (weighted_spectrum(W, mean_square).tolist(), rank)
-
     def refined(self, layer: str, index: int, refinement: Refinement) -> None:
-        """Log what training a decoder layer did."""
+        """Log what training a layer did."""
         what = "kept" if refinement.kept else "not kept: no gain on held-out windows"
         logger.info(
             f"{layer}: refined, held-out loss {refinement.before:.3g} → {refinement.after:.3g} "
@@ -136,36 +77,34 @@ class Journal:
 
     def fail(self, error: BaseException | str) -> None:
         """Close the run as failed."""
-        self._losses.close()
+        self.losses.close()
         self._tracker.finish(error=error)
 
-    def finish(self, model: nn.Module) -> None:
-        """Print the table, log the totals, the table and the figures, and close the run."""
-        self._losses.close()
-        for name, loss in self._losses.by_module.items():
-            owner, _, factor = name.removesuffix(".").rpartition(".")
-            if owner in self.records:
-                self.records[owner].losses[factor] = loss
-        records = list(self.records.values())
-        totals = summarize(records, self._parameters_before)
-        table = format_table(records, totals)
-        logger.info(f"CURModifier\n{table}")
+    def close(
+        self,
+        model: nn.Module,
+        table: str,
+        metrics: Mapping[str, float],
+        rows: Sequence[Mapping[str, Any]],
+        figures: Mapping[str, Callable[[], Any]],
+    ) -> None:
+        """Log the totals, the table and the figures, and close the run.
 
+        Args:
+            table: as it is printed.
+            metrics: totals of the stage.
+            rows: one a module, or layer, for ``layers.csv``.
+            figures: what draws each of them, by the artifact's name.
+        """
         tracker = self._tracker
-        tracker.log_metrics(totals.metrics() | self._resources(model))
-        tracker.log_table([record.row() for record in records], "layers.csv")
+        tracker.log_metrics(dict(metrics) | self._resources(model))
+        tracker.log_table([dict(row) for row in rows], "layers.csv")
         tracker.log_text(table + "\n", "summary.txt")
-        ranks = {r.name: r.rank for r in records if r.rank is not None}
-        if ranks:
-            self._figure(lambda: rank_map(ranks), "rank_map.png")
-        errors = {r.name: r.relative_error for r in records if r.relative_error is not None}
-        if errors:
-            self._figure(lambda: relative_error_map(errors), "relative_error_map.png")
-        if self._spectra:
-            self._figure(lambda: spectra(self._spectra), "spectra.png")
+        for artifact, draw in figures.items():
+            self.figure(draw, artifact)
         if self._refined:
             curves = [refinement.train for refinement in self._refined]
-            self._figure(lambda: refinement_curves(curves), "refinement.png")
+            self.figure(lambda: refinement_curves(curves), "refinement.png")
         with _optional("report.html"):
             self.files["report.html"] = page = tracker.html()
             tracker.log_text(page, "report.html")
@@ -184,8 +123,9 @@ class Journal:
             metrics["peak_accelerator_bytes"] = torch.accelerator.max_memory_allocated()
         return metrics
 
-    def _figure(self, draw: Callable[[], Any], artifact: str) -> None:
-        if not self._draws:
+    def figure(self, draw: Callable[[], Any], artifact: str) -> None:
+        """Draw and log a figure, where figures are drawn."""
+        if not self.draws:
             return
         with _optional(artifact):
             self._tracker.log_figure(draw(), artifact)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from cur_modifier.checkpoint.files import digest
 
@@ -17,6 +18,7 @@ __all__ = [
     "last_real_token",
     "real_rows",
     "real_tokens",
+    "with_constant",
 ]
 
 _NOT_INPUTS = ("labels", "loss_mask")
@@ -80,6 +82,11 @@ def real_rows(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     if real is None or real.numel() != len(rows) or bool(real.all()):
         return rows
     return rows[real.flatten()]
+
+
+def with_constant(rows: torch.Tensor) -> torch.Tensor:
+    """Rows ``(t, n)`` with a last feature that is always 1."""
+    return nn.functional.pad(rows, (0, 1), value=1.0)
 
 
 def last_real_token(batch: Mapping[str, Any]) -> torch.Tensor:

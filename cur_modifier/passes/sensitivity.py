@@ -30,8 +30,12 @@ from cur_modifier.passes.context import evaluation_forward, frozen, on_device
 from cur_modifier.passes.grams import SharedGrams
 from cur_modifier.passes.samples import first_batches, real_tokens
 from cur_modifier.precision import half_products
+from cur_modifier.structure.operators import as_matrix
 
-__all__ = ["Sensitivity", "fingerprint", "load_or_measure"]
+__all__ = ["Curve", "Sensitivity", "fingerprint", "load_or_measure"]
+
+Curve = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""What a module costs at every size, from its name, its weight ``(m, n)``, ``G`` and ``H``."""
 
 CACHE_BYTES = 20 * 10**9  # SmolLM2-135M takes 0.4, a model of 8 billion parameters about 4
 FULL_METRIC_OUTPUTS = 4096  # above, H is kept as its diagonal: 14336² numbers a module are too many
@@ -45,7 +49,8 @@ class Sensitivity:
     Attributes:
         outputs: ``H (m, m)`` by name of a module or a decoder layer, or its diagonal ``(m,)`` above
             4096 outputs.
-        spectra: squared singular values of ``H^{1/2} W G^{1/2}`` by module name, descending.
+        spectra: by module name squared singular values of ``H^{1/2} W G^{1/2}``, descending; or
+            what another curve gave.
     """
 
     outputs: dict[str, torch.Tensor]
@@ -54,10 +59,11 @@ class Sensitivity:
 
 def fingerprint(
     model: nn.Module,
-    modules: Mapping[str, Sequence[nn.Linear]],
+    modules: Mapping[str, Sequence[nn.Module]],
     batches: Iterable[Mapping[str, Any]],
     samples: int,
     seed: int,
+    curve: str = "",
 ) -> dict[str, str]:
     """What a measurement depends on, as text: the weights, the data and the settings."""
     settings = {
@@ -66,6 +72,8 @@ def fingerprint(
         "format": _FORMAT,
         "modules": hashlib.sha256("\n".join(modules).encode()).hexdigest(),
     }
+    if curve:
+        settings["curve"] = curve
     return {
         "model": digest(model.parameters()),
         "data": digest(batch["input_ids"] for batch in first_batches(batches, samples)),
@@ -75,19 +83,20 @@ def fingerprint(
 
 def load_or_measure(
     model: nn.Module,
-    modules: Mapping[str, Sequence[nn.Linear]],
+    modules: Mapping[str, Sequence[nn.Module]],
     layers: Sequence[tuple[str, nn.Module]],
     batches: Iterable[Mapping[str, Any]],
     *,
     samples: int,
     seed: int,
     cache: Path | None,
+    curve: tuple[str, Curve] | None = None,
 ) -> Sensitivity:
     """The sensitivities of ``modules`` and decoder ``layers``, from disk where they were measured
     before.
 
     Args:
-        modules: by name, the Linears that are measured as one: a single one, or several that read
+        modules: by name, the modules that are measured as one: a single one, or several that read
             one tensor and run once a pass, whose outputs count as stacked.
         samples: how many calibration samples to run backwards.
         seed: of the labels, which are drawn from the model's own distribution: the true Fisher
@@ -95,6 +104,8 @@ def load_or_measure(
         cache: a file of the user's own. By default a file in the folder ``sensitivity`` of
             :func:`cur_modifier.cache.cache_folder`, named by the fingerprint. Of those the newest
             are kept, 20 GB together.
+        curve: what is kept of each module beside its metric, with a name that tells it from others;
+            the spectrum without.
 
     Cost: forward and backward pass of ``samples`` samples, and ``2 m² + 2 n²`` flops a token and
     module. Memory: float32 numbers, ``m²`` a module, twice at the end, and ``n²`` an input that
@@ -105,7 +116,8 @@ def load_or_measure(
         ValueError: ``cache`` holds another model's, data's or settings' measurement; gradients that
             are not finite.
     """
-    wanted = fingerprint(model, modules, batches, samples, seed)
+    named, price = curve or ("", None)
+    wanted = fingerprint(model, modules, batches, samples, seed, named)
     path = cache or cache_folder() / "sensitivity" / f"{digest_text(wanted)[:32]}.safetensors"
     found = _load(path, wanted, own=cache is not None)
     if found is not None:
@@ -113,7 +125,8 @@ def load_or_measure(
         with suppress(OSError):  # used, so not the next to be deleted
             path.touch()
         return found
-    measured = measure(model, modules, layers, first_batches(batches, samples), seed=seed)
+    chosen = first_batches(batches, samples)
+    measured = measure(model, modules, layers, chosen, seed=seed, curve=price)
     if _save(path, measured, wanted) and cache is None:
         keep_newest(path.parent, CACHE_BYTES)
     return measured
@@ -121,11 +134,12 @@ def load_or_measure(
 
 def measure(
     model: nn.Module,
-    modules: Mapping[str, Sequence[nn.Linear]],
+    modules: Mapping[str, Sequence[nn.Module]],
     layers: Sequence[tuple[str, nn.Module]],
     batches: Iterable[Mapping[str, Any]],
     *,
     seed: int,
+    curve: Curve | None = None,
 ) -> Sensitivity:
     """The gradient pass. Arguments as :func:`load_or_measure`."""
     batches = list(batches)
@@ -134,7 +148,7 @@ def measure(
     real: torch.Tensor | None = None
 
     def watch(name: str, place: int, stacked: _Stacked) -> Callable[..., None]:
-        def hook(module: nn.Linear, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
             out.register_hook(stacked.hook(place))
             if not place:
                 grams.update(name, args[0], real)
@@ -172,9 +186,21 @@ def measure(
     spectra = {}
     for name, group in modules.items():
         metric, gram = found[name], grams[name].second_moment()
-        weight = torch.cat([module.weight.detach() for module in group]).to(gram)
-        spectra[name] = curvature_spectrum(weight, gram, metric).float()
+        weight = torch.cat([_matrix(module) for module in group]).to(gram)
+        spectra[name] = (curve or _spectrum)(name, weight, gram, metric).float()
     return Sensitivity({name: H.to(torch.bfloat16) for name, H in found.items()}, spectra)
+
+
+def _spectrum(
+    name: str, weight: torch.Tensor, gram: torch.Tensor, metric: torch.Tensor
+) -> torch.Tensor:
+    return curvature_spectrum(weight, gram, metric)
+
+
+def _matrix(module: nn.Module) -> torch.Tensor:
+    matrix = as_matrix(module)
+    assert matrix is not None
+    return matrix.detach()
 
 
 class _Stacked:

@@ -20,7 +20,8 @@ from torch import nn
 from cur_modifier.forms.base import is_factored
 from cur_modifier.linalg import PairedMoments
 from cur_modifier.passes.context import on_device, replaced_forward
-from cur_modifier.passes.samples import real_rows, real_tokens
+from cur_modifier.passes.grams import SharedGrams
+from cur_modifier.passes.samples import real_rows, real_tokens, with_constant
 from cur_modifier.precision import half_products
 from cur_modifier.structure.readers import LastRead
 
@@ -142,7 +143,12 @@ class LayerStreams:
 
     @torch.no_grad()
     def moments(
-        self, module: nn.Module, dense_inputs: Mapping[int, torch.Tensor], features: int
+        self,
+        module: nn.Module,
+        dense_inputs: Mapping[int, torch.Tensor],
+        features: int,
+        *,
+        constant: bool = False,
     ) -> PairedMoments:
         """Moments of ``module``'s inputs, the compressed model's beside the dense one's.
 
@@ -150,16 +156,22 @@ class LayerStreams:
         or the dense inputs were not kept, the dense ones are left out: the module is then not
         anchored.
 
+        Args:
+            constant: count one more feature, which is always 1: with it the moments hold means.
+
         Cost: a pass through the layer from the last part that is settled up to ``module``, and that
         of :class:`PairedMoments`; memory one tensor a token for every part of the layer.
         """
-        moments = PairedMoments(features, device=self.device)
+        moments = PairedMoments(features + constant, device=self.device)
         for index, x in self._inputs_of(module):
             dense = dense_inputs.get(index, x)
             if dense.shape != x.shape:
                 dense = x
             real = self.batches[index].real
-            moments.update(real_rows(x, real), real_rows(dense, real))
+            rows = real_rows(x, real), real_rows(dense, real)
+            if constant:
+                rows = with_constant(rows[0]), with_constant(rows[1])
+            moments.update(*rows)
         return moments
 
     @torch.no_grad()
@@ -187,6 +199,44 @@ class LayerStreams:
         for end in self._ends:
             end.inputs.clear()
             end.outputs.clear()
+
+    def shrunk(self, old: nn.Module, new: nn.Module, inputs: torch.Tensor) -> None:
+        """A module of the layer has a smaller one in its place, which reads those of its inputs.
+
+        What a settled part computed of them stays: the others are not computed any more, and these
+        as before.
+        """
+        for end in self._ends:
+            if end.module is old:
+                end.module = new
+                end.inputs = {index: x[..., inputs] for index, x in end.inputs.items()}
+
+    @torch.no_grad()
+    def grams(self, modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """Second moments ``(n, n)`` of what modules of the layer read in the compressed stream, of
+        those that any token reaches.
+
+        Cost: a pass through the layer; memory one moment for each tensor that is read.
+        """
+        sums = SharedGrams()
+        real: torch.Tensor | None = None
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                sums.update(name, args[0], real)
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, module in modules.items():
+                stack.callback(module.register_forward_pre_hook(watch(name)).remove)
+            stack.enter_context(self.precision())
+            for index, batch in enumerate(self.batches):
+                sums.next_batch()
+                real = batch.real
+                self.forward(batch.compressed, index)
+        found = {name: sums.get(name) for name in modules}
+        return {name: gram.second_moment() for name, gram in found.items() if gram is not None}
 
     # -- steps ---------------------------------------------------------------------------------
 

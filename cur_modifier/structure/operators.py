@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["as_matrix"]
+__all__ = ["as_matrix", "smaller"]
 
 
 def as_matrix(module: nn.Module) -> torch.Tensor | None:
@@ -23,3 +23,31 @@ def as_matrix(module: nn.Module) -> torch.Tensor | None:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
         return module.weight.flatten(1)
     return None
+
+
+def smaller(
+    module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None
+) -> nn.Linear | Conv1D:
+    """A module of the same kind, ``nn.Linear`` or ``Conv1D``, with another weight ``(m, n)``.
+
+    Its dtype and device are those of the old weight.
+
+    Args:
+        bias: ``(m,)``, or None for a module without one. A ``Conv1D`` always has one.
+    """
+    m, n = weight.shape
+    old = as_matrix(module)
+    assert old is not None
+    made: nn.Linear | Conv1D
+    if isinstance(module, Conv1D):
+        made, stored = Conv1D(m, n), weight.T
+    else:
+        with torch.device("meta"):
+            made, stored = nn.Linear(n, m, bias=bias is not None), weight
+    frozen = not module.weight.requires_grad
+    made.weight = nn.Parameter(
+        stored.detach().to(old).contiguous().clone(), requires_grad=not frozen
+    )
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(old).clone(), requires_grad=not frozen)
+    return made.train(module.training)

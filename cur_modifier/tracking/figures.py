@@ -211,6 +211,31 @@ def layer_costs(metric: str, costs: Sequence[float], chosen: Sequence[int]) -> F
     return figure
 
 
+def kept_units(kept: Sequence[tuple[str, int, float]]) -> Figure:
+    """The share of its units that each layer keeps, one line a kind.
+
+    Args:
+        kept: kind, layer and share.
+    """
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for kind, layer, share in kept:
+        lines[kind].append((layer, share))
+    depth = max((layer for _, layer, _ in kept), default=0) + 1
+    figure = Figure(figsize=(max(0.22 * depth + 1.5, 5.0), 3.2), layout="constrained")
+    axes = figure.subplots()
+    styles = (("o", _BLUE), ("s", "#D55E00"))
+    for (kind, points), (marker, colour) in zip(sorted(lines.items()), styles, strict=False):
+        layers, shares = zip(*sorted(points), strict=True)
+        axes.plot(layers, shares, marker=marker, color=colour, label=kind)
+    axes.set(xlabel="layer", ylabel="units kept ÷ before", ylim=(0, 1.05))
+    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def loss_curve(
     train: Sequence[tuple[int, float]],
     validation: Sequence[tuple[int, float]],

@@ -23,7 +23,7 @@ class Coordinates:
     Args:
         start: ``F0 (p, q)``, kept in float32.
         output: ``LᵀL (p, p)``, or None for the identity.
-        inputs: ``E[z zᵀ] (q, q)``.
+        inputs: ``E[z zᵀ] (q, q)``, likewise.
 
     Attributes:
         D: ``(p, q)``, zero at first; what an optimizer trains.
@@ -33,14 +33,14 @@ class Coordinates:
     """
 
     def __init__(
-        self, start: torch.Tensor, output: torch.Tensor | None, inputs: torch.Tensor
+        self, start: torch.Tensor, output: torch.Tensor | None, inputs: torch.Tensor | None
     ) -> None:
         self.start = start.detach().float().clone()
         self.left = None if output is None else inverse_root(output)
-        self.right = inverse_root(inputs)
+        self.right = None if inputs is None else inverse_root(inputs)
         F0 = self.start.double()
         weighted = F0 if output is None else output.double() @ F0
-        energy = float((weighted * (F0 @ inputs.double())).sum())
+        energy = float((weighted * (F0 if inputs is None else F0 @ inputs.double())).sum())
         self.unit = math.sqrt(max(energy, 0.0) / F0.numel())
         self.D = torch.zeros_like(self.start)
         self.value = self.start.clone().requires_grad_()
@@ -52,13 +52,13 @@ class Coordinates:
             gradient = torch.zeros_like(self.value)
         if self.left is not None:
             gradient = self.left @ gradient
-        self.D.grad = gradient @ self.right
+        self.D.grad = gradient if self.right is None else gradient @ self.right
         self.value.grad = None
 
     def at(self, D: torch.Tensor) -> torch.Tensor:
         """``F0 + A D B``; exactly ``F0`` for zero."""
         change = D if self.left is None else self.left @ D
-        return self.start + change @ self.right
+        return self.start + (change if self.right is None else change @ self.right)
 
     def push(self) -> None:
         """Bring ``value`` up to date with ``D``."""

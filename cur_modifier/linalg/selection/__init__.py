@@ -5,6 +5,7 @@ the transpose. One function a method, chosen by the enum :class:`Selection`.
 """
 
 from cur_modifier.linalg.selection.deim import deim
+from cur_modifier.linalg.selection.elimination import Elimination, eliminate, elimination
 from cur_modifier.linalg.selection.greedy import greedy
 from cur_modifier.linalg.selection.leverage import leverage_sampled, leverage_scores, leverage_top
 from cur_modifier.linalg.selection.norm import norm
@@ -13,8 +14,11 @@ from cur_modifier.linalg.selection.random import random
 from cur_modifier.linalg.selection.table import Selection, select_rows, select_rows_and_columns
 
 __all__ = [
+    "Elimination",
     "Selection",
     "deim",
+    "eliminate",
+    "elimination",
     "greedy",
     "leverage_sampled",
     "leverage_scores",

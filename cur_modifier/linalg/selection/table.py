@@ -14,6 +14,7 @@ from cur_modifier.linalg.checks import (
 )
 from cur_modifier.linalg.metric import apply_gram, gram_sqrt
 from cur_modifier.linalg.selection.deim import deim
+from cur_modifier.linalg.selection.elimination import elimination
 from cur_modifier.linalg.selection.greedy import greedy
 from cur_modifier.linalg.selection.leverage import leverage_sampled, leverage_top
 from cur_modifier.linalg.selection.norm import norm
@@ -32,11 +33,13 @@ class Selection(StrEnum):
     LEVERAGE = "leverage"
     LEVERAGE_SAMPLED = "leverage_sampled"
     GREEDY = "greedy"
+    ELIMINATION = "elimination"
     NORM = "norm"
     RANDOM = "random"
 
 
 _BY_PIVOTS = {Selection.DEIM: deim, Selection.QDEIM: qdeim}
+_BY_ERROR = {Selection.GREEDY: greedy, Selection.ELIMINATION: elimination}
 
 
 def select_rows_and_columns(
@@ -57,17 +60,18 @@ def select_rows_and_columns(
     those very columns: one pass over the matrix, and rows that fit the columns they will meet.
 
     ``greedy`` adds the row, and the column, that lowers ``‖H^{1/2} (A − Â) G^{1/2}‖_F`` of the
-    matrix ``A`` most, and has no use for scores.
+    matrix ``A`` most; ``elimination`` gives up the one that raises it least. Neither has a use for
+    scores.
 
     Args:
         seed: of ``random``, ``leverage_sampled`` and the sketches.
-        gram: ``G (n, n)`` or its diagonal ``(n,)``, for ``greedy``.
-        outputs: ``H (m, m)`` or its diagonal ``(m,)``, for ``greedy``.
+        gram: ``G (n, n)`` or its diagonal ``(n,)``, for ``greedy`` and ``elimination``.
+        outputs: ``H (m, m)`` or its diagonal ``(m,)``, likewise.
 
     Cost: one :func:`~cur_modifier.linalg.subspace.leading_subspace` and two selections on it;
     ``2 m n r`` flops and two QR of ``(m, r)`` and ``(n, r)`` for ``deim`` and ``qdeim`` on a large
-    matrix; two roots and two :func:`~.greedy.greedy` for ``greedy``; ``m n``
-    for ``norm`` and nothing for ``random``.
+    matrix; two roots and two :func:`~.greedy.greedy` for ``greedy``, two
+    :func:`~.elimination.elimination` for that; ``m n`` for ``norm`` and nothing for ``random``.
 
     Source: Sorensen and Embree 2016 (singular vectors); Dong and Martinsson 2023 (columns from a
     sketch, rows from the columns).
@@ -81,8 +85,9 @@ def select_rows_and_columns(
     if kind is Selection.RANDOM:
         rows, columns = random(m, rank, generator), random(n, rank, generator)
         return rows.to(scored.device), columns.to(scored.device)
-    if kind is Selection.GREEDY:
-        return _greedy(scored, rank, gram, outputs), _greedy(scored.mT, rank, outputs, gram)
+    if kind in _BY_ERROR:
+        rows = _by_error(kind, scored, rank, gram, outputs)
+        return rows, _by_error(kind, scored.mT, rank, outputs, gram)
     if kind is Selection.NORM:
         return norm(scored, rank), norm(scored.mT, rank)
     if kind in _BY_PIVOTS and not is_small(m, n, rank):
@@ -90,13 +95,12 @@ def select_rows_and_columns(
         columns = pivots(_turned(sketched_row_basis(scored, rank, generator)))
         return pivots(_turned(torch.linalg.qr(scored[:, columns]).Q)), columns
     subspace = leading_subspace(scored, rank, generator=generator)
-    match kind:
-        case Selection.DEIM | Selection.QDEIM:
-            return _BY_PIVOTS[kind](subspace.U), _BY_PIVOTS[kind](subspace.V)
-        case Selection.LEVERAGE:
-            return leverage_top(subspace.U), leverage_top(subspace.V)
-        case Selection.LEVERAGE_SAMPLED:
-            return leverage_sampled(subspace.U, generator), leverage_sampled(subspace.V, generator)
+    if kind in _BY_PIVOTS:
+        return _BY_PIVOTS[kind](subspace.U), _BY_PIVOTS[kind](subspace.V)
+    if kind is Selection.LEVERAGE:
+        return leverage_top(subspace.U), leverage_top(subspace.V)
+    assert kind is Selection.LEVERAGE_SAMPLED
+    return leverage_sampled(subspace.U, generator), leverage_sampled(subspace.V, generator)
 
 
 def select_rows(
@@ -115,17 +119,22 @@ def select_rows(
     Raises:
         ValueError: as there.
     """
-    if kind is Selection.GREEDY:
-        return _greedy(_checked(scored, rank), rank, gram, outputs)
+    if kind in _BY_ERROR:
+        return _by_error(kind, _checked(scored, rank), rank, gram, outputs)
     return select_rows_and_columns(kind, scored, rank, seed=seed)[0]
 
 
-def _greedy(
-    A: torch.Tensor, rank: int, gram: torch.Tensor | None, outputs: torch.Tensor | None
+def _by_error(
+    kind: Selection,
+    A: torch.Tensor,
+    rank: int,
+    gram: torch.Tensor | None,
+    outputs: torch.Tensor | None,
 ) -> torch.Tensor:
     """Rows of ``A`` that lower ``‖H^{1/2} (A − Â) G^{1/2}‖_F`` most."""
     A = A.double()
-    return greedy(A if gram is None else apply_gram(A, gram_sqrt(gram)), rank, outputs)
+    weighted = A if gram is None else apply_gram(A, gram_sqrt(gram))
+    return _BY_ERROR[kind](weighted, rank, outputs)
 
 
 def _checked(scored: torch.Tensor, rank: int) -> torch.Tensor:

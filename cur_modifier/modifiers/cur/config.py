@@ -13,7 +13,7 @@ from cur_modifier.forms.form import Form
 from cur_modifier.forms.sizes import dense_parameters
 from cur_modifier.linalg import round_rank_down, round_rank_up
 
-__all__ = ["Fit", "LayersConfig", "RankConfig", "RefineConfig", "SensitivityConfig"]
+__all__ = ["Fit", "LayersConfig", "RankConfig"]
 
 DEFAULT_LAYER_COUNT = 10
 
@@ -154,51 +154,6 @@ class RankConfig(BaseModel):
                 f"Use {round_rank_down(self.fixed, multiple_of) or multiple_of}."
             )
         return self.fixed
-
-
-class SensitivityConfig(BaseModel):
-    """How the loss's curvature at the modules' outputs is measured: one pass of gradients.
-
-    Attributes:
-        samples: calibration samples that are run backwards.
-        damping: share of its mean diagonal that is added to the metric of a module's outputs. The
-            curvature is known from few tokens and at the dense model only.
-        cache: a file to keep the measurement in. By default it is kept in
-            ``$CUR_MODIFIER_CACHE``, ``$XDG_CACHE_HOME/cur_modifier`` or ``~/.cache/cur_modifier``,
-            under a name made of the weights, the data and these settings; 20 GB of the newest.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    samples: int = Field(default=32, ge=1)
-    damping: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    cache: str | None = None
-
-
-class RefineConfig(BaseModel):
-    """How the factors of a decoder layer are trained after the fit, before the next layer's.
-
-    Attributes:
-        epochs: passes over the calibration windows that are not held out.
-        batch_size: windows a step.
-        learning_rate: of Adam, relative to the factors as in ``CURHealModifier``; it falls along
-            half a cosine.
-        train: ``free`` trains the factors that the form leaves free (``U`` of CUR, ``T`` of a row
-            ID, ``A`` of a plain pair); ``all`` trains all factors: a CUR's rows and columns are
-            then real no more.
-        norms: also train the layer's normalization weights.
-        validation_share: part of the windows held out. What is kept is never worse on them than the
-            fit.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    epochs: int = Field(default=4, ge=1)
-    batch_size: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
-    train: Literal["free", "all"] = "all"
-    norms: bool = True
-    validation_share: float = Field(default=1 / 8, gt=0, le=0.5)
 
 
 class LayersConfig(BaseModel):

@@ -15,8 +15,8 @@ from loguru import logger
 from cur_modifier.linalg import Problem, relative_error, shrunk
 from cur_modifier.modifiers.cur.config import Fit
 from cur_modifier.modifiers.cur.install import Installed
+from cur_modifier.modifiers.cur.journal import FactoringJournal
 from cur_modifier.modifiers.cur.plan import Plan
-from cur_modifier.modifiers.journal import Journal
 
 __all__ = ["Fitting", "named"]
 
@@ -36,7 +36,7 @@ class Fitting:
     """
 
     plan: Plan
-    journal: Journal
+    journal: FactoringJournal
 
     def fit(
         self,

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from cur_modifier.forms.base import Surroundings
+from cur_modifier.forms.base import FactoredLinear, Surroundings
 from cur_modifier.linalg import anchored_target
+from cur_modifier.modifiers.config import RefineConfig
 from cur_modifier.modifiers.cur.fitting import Fitting, named
 from cur_modifier.modifiers.cur.install import Installed, onload
 from cur_modifier.modifiers.cur.plan import Plan
-from cur_modifier.modifiers.cur.refine import refine_layer
+from cur_modifier.modifiers.refine import Part, refine_layer
 from cur_modifier.passes.context import evaluation_forward, frozen
 from cur_modifier.passes.samples import collect_samples
 from cur_modifier.passes.streams import LayerStreams
@@ -73,8 +74,7 @@ class LayerwiseEngine:
             refined = refine_layer(
                 streams,
                 outputs,
-                {n: c for n, c in fitted if n in around},
-                around,
+                _parts({n: c for n, c in fitted if n in around}, around, settings.refine),
                 self._plan.metric(name),
                 settings.refine,
                 seed=settings.seed ^ index,
@@ -121,3 +121,18 @@ def _surroundings(each: Installed, gram: torch.Tensor, plan: Plan) -> dict[str, 
         found[name] = Surroundings(gram, block)
         start += size
     return found
+
+
+def _parts(
+    containers: Mapping[str, FactoredLinear],
+    around: Mapping[str, Surroundings],
+    config: RefineConfig,
+) -> list[Part]:
+    """The factors that are trained, with the metrics on both sides of each."""
+    parts = []
+    for name, container in containers.items():
+        metrics = container.metrics(around[name])
+        for factor, linear in container.factors.items():
+            if config.train == "all" or factor == container.free_factor:
+                parts.append(Part(linear, *metrics[factor]))
+    return parts

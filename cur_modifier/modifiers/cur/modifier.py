@@ -18,10 +18,10 @@ from cur_modifier.modifiers.cur.engine import Engine
 from cur_modifier.modifiers.cur.fitting import Fitting
 from cur_modifier.modifiers.cur.hooks import HookEngine
 from cur_modifier.modifiers.cur.install import install
+from cur_modifier.modifiers.cur.journal import FactoringJournal
 from cur_modifier.modifiers.cur.layerwise import LayerwiseEngine
 from cur_modifier.modifiers.cur.plan import Plan, check, make_plan
 from cur_modifier.modifiers.cur.settings import CURSettings
-from cur_modifier.modifiers.journal import Journal
 from cur_modifier.passes.context import trial
 from cur_modifier.structure.neurons import put_in_order
 
@@ -106,14 +106,14 @@ class CURModifier(CURSettings):
 
     _plan: Plan | None = PrivateAttr(default=None)
     _engine: Engine | None = PrivateAttr(default=None)
-    _journal: Journal | None = PrivateAttr(default=None)
+    _journal: FactoringJournal | None = PrivateAttr(default=None)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check everything, choose layers and ranks, and put the factored modules in."""
         model, batches = state.model, state.data.calib
         upstream.refuse_distributed()
         draft = check(self, model, batches)
-        self._journal = journal = Journal(model, enabled=self.mlflow)
+        self._journal = journal = FactoringJournal(model, enabled=self.mlflow)
         with self._failing_run():
             self._plan = plan = make_plan(draft, model, batches)
             journal.planned(self.layers.select, plan.costs, plan.chosen)
@@ -182,7 +182,7 @@ class CURModifier(CURSettings):
         return True
 
     @property
-    def journal(self) -> Journal | None:
+    def journal(self) -> FactoringJournal | None:
         """The stage's record while its run is open; a healing stage goes on with it."""
         return self._journal
 

@@ -10,15 +10,14 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from cur_modifier.forms.form import Form
 from cur_modifier.forms.registry import find_form
 from cur_modifier.linalg import Score, Selection
-from cur_modifier.modifiers.cur.config import (
-    Fit,
-    LayersConfig,
-    RankConfig,
-    RefineConfig,
-    SensitivityConfig,
-)
+from cur_modifier.modifiers.config import RefineConfig, SensitivityConfig
+from cur_modifier.modifiers.cur.config import Fit, LayersConfig, RankConfig
 
 __all__ = ["CURSettings"]
+
+
+# Selections that weigh rows and columns in the norm of the fit, and look at no scores.
+_BY_ERROR = (Selection.GREEDY, Selection.ELIMINATION)
 
 
 class CURSettings(Modifier):
@@ -68,10 +67,11 @@ class CURSettings(Modifier):
                 f"scores '{self.scores}' guide a selection, and form '{self.form}' without one "
                 f"takes the optimal approximation. {remedy} `scores`."
             )
-        if self.selection is Selection.GREEDY and self.scores is not None:
+        if self.selection in _BY_ERROR and self.scores is not None:
             raise ValueError(
-                f"scores '{self.scores}' mean nothing to selection 'greedy', which weighs rows and "
-                "columns in the norm of the fit. Drop `scores`, or choose another selection."
+                f"scores '{self.scores}' mean nothing to selection '{self.selection}', which "
+                "weighs rows and columns in the norm of the fit. Drop `scores`, or choose another "
+                "selection."
             )
         if self.layers.select == "sensitivity" and self.rank.energy is not None:
             raise ValueError(
@@ -104,7 +104,7 @@ class CURSettings(Modifier):
     @property
     def resolved_scores(self) -> Score | None:
         """What the selection looks at; None for the weight itself."""
-        if self.resolved_selection in (None, Selection.GREEDY):
+        if self.resolved_selection in (None, *_BY_ERROR):
             return self.scores
         return self.scores or Score.WANDA
 

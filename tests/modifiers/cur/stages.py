@@ -46,9 +46,9 @@ def prepared(settings: Any, model: Any, batches: Any, recipe: Callable[..., Any]
     """The stage's modules, in the model, and how they are fitted."""
     from cur_modifier.modifiers.cur.fitting import Fitting
     from cur_modifier.modifiers.cur.install import install
-    from cur_modifier.modifiers.journal import Journal
+    from cur_modifier.modifiers.cur.journal import FactoringJournal
 
     plan = planned(settings, model, batches, recipe)
-    journal = Journal(model, enabled=False)
+    journal = FactoringJournal(model, enabled=False)
     installed, journal.records = install(model, plan, settings)
     return installed, Fitting(plan, journal)

@@ -1,9 +1,9 @@
-"""Training the factors of one decoder layer on its output, dense model beside compressed one."""
+"""Training what a stage left of one layer on its output, dense model beside compressed one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -13,30 +13,41 @@ from loguru import logger
 from torch import nn
 from tqdm import tqdm
 
-from cur_modifier.forms.base import FactoredLinear, Surroundings
 from cur_modifier.linalg import gram_sqrt
-from cur_modifier.modifiers.cur.config import RefineConfig
+from cur_modifier.modifiers.config import RefineConfig
 from cur_modifier.modifiers.report import Refinement
 from cur_modifier.passes.streams import LayerStreams
 from cur_modifier.training.coordinates import Coordinates
 from cur_modifier.training.schedule import DIVERGED, Plateau, batch_at, split, warmup_cosine
 
-__all__ = ["refine_layer"]
+__all__ = ["Part", "refine_layer"]
 
 _WARMUP = 0.05  # share of the steps
+
+
+class Part(NamedTuple):
+    """A module whose weight ``(p, q)`` may be trained, and what its rows and columns are worth.
+
+    Attributes:
+        left, right: metrics ``(p, p)`` and ``(q, q)``, None for the identity: of a Linear, that of
+            its outputs and the second moment of its inputs.
+    """
+
+    module: nn.Module
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
 
 
 def refine_layer(
     streams: LayerStreams,
     dense_outputs: Sequence[torch.Tensor],
-    containers: Mapping[str, FactoredLinear],
-    surroundings: Mapping[str, Surroundings],
+    parts: Sequence[Part],
     metric: torch.Tensor,
     config: RefineConfig,
     *,
     seed: int,
 ) -> Refinement:
-    """Train the factors of the layer in work so that its output is the dense model's.
+    """Train parts of the layer in work so that its output is the dense model's.
 
     The layer reads the compressed model's hidden states, so it also mends what the layers before it
     did wrong. The loss is the mean over tokens of ``‖ŷ − y‖² / ‖y‖²`` in the metric that the
@@ -48,21 +59,20 @@ def refine_layer(
 
     Args:
         dense_outputs: ``(samples, tokens, hidden)`` by batch, of the dense model.
-        containers: the layer's fitted containers by name.
-        surroundings: what each of them reads and answers to, by the same names.
+        parts: of the layer; its norms come along where the config says so.
         metric: ``H (hidden, hidden)`` of the layer's outputs, or its diagonal.
 
     Returns:
         The losses. A layer whose training diverges, or gains nothing, keeps its fit.
 
-    Cost: two eigendecompositions a factor; a step is a forward and backward pass of ``batch_size``
+    Cost: two eigendecompositions a part; a step is a forward and backward pass of ``batch_size``
     windows through one layer; memory that pass's activations, eight float32 copies of the
-    factors, and for each the roots ``(r, r)`` and ``(m, m)`` or ``(n, n)`` of its surroundings.
+    parts, and for each the roots of its two metrics.
     """
     streams.unsettle()
     distance = _Distance(streams, dense_outputs, metric)
     train, held_out = split(len(distance.windows), config.validation_share, seed)
-    trained = _trained(streams.layer, containers, surroundings, config)
+    trained = _trained(streams.layer, parts, config)
     steps = _Steps(trained, distance, train, config, seed)
     with _answering(trained):
         result = Refinement(before=distance.mean(held_out), after=math.nan)
@@ -200,19 +210,11 @@ class _Trained(NamedTuple):
     coordinates: Coordinates
 
 
-def _trained(
-    layer: nn.Module,
-    containers: Mapping[str, FactoredLinear],
-    surroundings: Mapping[str, Surroundings],
-    config: RefineConfig,
-) -> list[_Trained]:
+def _trained(layer: nn.Module, parts: Sequence[Part], config: RefineConfig) -> list[_Trained]:
     chosen = []
-    for name, container in containers.items():
-        around = container.metrics(surroundings[name])
-        for factor, linear in container.factors.items():
-            if config.train == "all" or factor == container.free_factor:
-                output, inputs = around[factor]
-                chosen.append(_Trained(linear, Coordinates(linear.weight, output, inputs)))
+    for module, left, right in parts:
+        weight = cast(torch.Tensor, module.weight)
+        chosen.append(_Trained(module, Coordinates(weight, left, right)))
     if config.norms:
         # A norm's weight scales features one by one: it is trained as it is.
         for norm in filter(_is_norm, layer.modules()):

@@ -14,8 +14,9 @@ pytest.importorskip("llmcompressor")
 from cur_modifier.forms.base import Surroundings
 from cur_modifier.forms.cur import CURLinear
 from cur_modifier.linalg import cur
-from cur_modifier.modifiers.cur.config import RefineConfig
-from cur_modifier.modifiers.cur.refine import refine_layer
+from cur_modifier.modifiers.config import RefineConfig
+from cur_modifier.modifiers.cur.layerwise import _parts
+from cur_modifier.modifiers.refine import refine_layer
 from cur_modifier.passes.context import frozen
 from cur_modifier.passes.streams import LayerStreams
 
@@ -47,8 +48,7 @@ class Setting:
             return refine_layer(
                 self.streams,
                 self.outputs,
-                self.containers,
-                self.around,
+                _parts(self.containers, self.around, config),
                 torch.eye(16).double(),
                 config,
                 seed=0,

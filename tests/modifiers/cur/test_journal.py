@@ -14,17 +14,17 @@ pytest.importorskip("llmcompressor")
 
 from loguru import logger
 
+from cur_modifier.modifiers.cur.journal import FactoringJournal
 from cur_modifier.modifiers.cur.modifier import CURModifier
-from cur_modifier.modifiers.journal import Journal
 from cur_modifier.modifiers.report import ModuleRecord, Refinement
 
 NAME = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
-def journal(model: Any, recipe: Callable[..., Any], tracker: Any) -> Journal:
+def journal(model: Any, recipe: Callable[..., Any], tracker: Any) -> FactoringJournal:
     recipe(CURModifier(form="id", mlflow=False))
-    journal = Journal(model, enabled=False)
+    journal = FactoringJournal(model, enabled=False)
     journal._tracker = tracker
     tracker.html = lambda: "<html>"
     journal.records = {
@@ -44,13 +44,13 @@ def journal(model: Any, recipe: Callable[..., Any], tracker: Any) -> Journal:
     return journal
 
 
-def test_the_recipe_lies_beside_the_checkpoint(journal: Journal) -> None:
+def test_the_recipe_lies_beside_the_checkpoint(journal: FactoringJournal) -> None:
     [stage] = yaml.safe_load(journal.files["recipe_as_given.yaml"]).values()
     [group] = stage.values()
     assert group == {"CURModifier": {"form": "id", "mlflow": False}}
 
 
-def test_costs_are_logged_by_layer(journal: Journal, tracker: Any) -> None:
+def test_costs_are_logged_by_layer(journal: FactoringJournal, tracker: Any) -> None:
     journal.planned("angular", [0.25, math.inf, 0.5], [0])
     assert tracker.metrics == [({"angular_distance": 0.25}, 0), ({"angular_distance": 0.5}, 2)]
     journal.planned("sensitivity", [1.0], [0])
@@ -59,7 +59,9 @@ def test_costs_are_logged_by_layer(journal: Journal, tracker: Any) -> None:
     assert len(tracker.metrics) == 3
 
 
-def test_a_fitted_module_is_told(journal: Journal, tracker: Any, logged: list[str]) -> None:
+def test_a_fitted_module_is_told(
+    journal: FactoringJournal, tracker: Any, logged: list[str]
+) -> None:
     journal.fitted(NAME, list(journal.records.values()), torch.eye(16), None)
     assert tracker.metrics == [({"relative_error": 0.125, "module_seconds": 0.5}, 1)]
     assert f"{NAME}: 16x16 as id of rank 4, relative error 0.1250, 0.50 s" in logged
@@ -68,7 +70,7 @@ def test_a_fitted_module_is_told(journal: Journal, tracker: Any, logged: list[st
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_refined_layer_is_told(
-    journal: Journal, tracker: Any, logged: list[str], kept: bool
+    journal: FactoringJournal, tracker: Any, logged: list[str], kept: bool
 ) -> None:
     journal.refined("model.layers.3", 3, Refinement(before=0.5, after=0.25, kept=kept))
     losses = {"refine_loss_before": 0.5, "refine_loss_after": 0.25}
@@ -78,7 +80,7 @@ def test_a_refined_layer_is_told(
 
 
 def test_the_end_has_totals_and_the_losses_of_later_stages(
-    journal: Journal, tracker: Any, model: Any, logged: list[str]
+    journal: FactoringJournal, tracker: Any, model: Any, logged: list[str]
 ) -> None:
     logger.info(f"Quantizing 1 module(s): ['{NAME}.id_s']")
     logger.info("error 0.75")
@@ -93,7 +95,7 @@ def test_the_end_has_totals_and_the_losses_of_later_stages(
 
 
 def test_a_page_that_cannot_be_made_costs_a_warning(
-    journal: Journal, tracker: Any, model: Any, logged: list[str]
+    journal: FactoringJournal, tracker: Any, model: Any, logged: list[str]
 ) -> None:
     tracker.html = lambda: 1 / 0
     journal.finish(model)
@@ -101,7 +103,9 @@ def test_a_page_that_cannot_be_made_costs_a_warning(
     assert any("report.html could not be drawn and is left out" in m for m in logged)
 
 
-def test_a_failed_stage_closes_its_run_with_the_error(journal: Journal, tracker: Any) -> None:
+def test_a_failed_stage_closes_its_run_with_the_error(
+    journal: FactoringJournal, tracker: Any
+) -> None:
     error = ValueError("rank 9 > 8")
     journal.fail(error)
     assert tracker.ended == [error]

@@ -1,0 +1,181 @@
+"""How many units each layer keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cur_modifier.linalg import RankCurve, allocate_ranks
+from cur_modifier.modifiers.prune.config import BudgetConfig, Measure
+from cur_modifier.modifiers.report import parameter_count
+from cur_modifier.structure.operators import as_matrix
+from cur_modifier.structure.removal import Kind, Units
+
+__all__ = ["Costs", "by_sensitivity", "costs_of", "evenly"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What is counted, before anything is removed.
+
+    Attributes:
+        unit: of one unit, by the consumer's name.
+        total: of all that the budget is a share of.
+    """
+
+    unit: Mapping[str, int]
+    total: int
+
+    def left(self, units: Sequence[Units], counts: Mapping[str, int]) -> int:
+        """What is left with so many units kept, by the consumer's name."""
+        gone = sum((u.count - counts[u.consumer]) * self.unit[u.consumer] for u in units)
+        return self.total - gone
+
+
+def costs_of(
+    model: nn.Module, units: Sequence[Units], measure: Measure, sequence_length: int
+) -> Costs:
+    """Parameters, or multiply-accumulates of one sequence, of the layers that hold the units."""
+    layers = dict.fromkeys(each.layer for each in units)
+    if measure == "macs":
+        unit = {u.consumer: _macs(model, u, sequence_length) for u in units}
+        fixed = sum(_products(model.get_submodule(name), sequence_length) for name in layers)
+        attention = sum(u.count * _attention(u, sequence_length) for u in units)
+        return Costs(unit, fixed + attention)
+    unit = {u.consumer: _parameters(model, u) for u in units}
+    counted = [model] if measure == "parameters" else [model.get_submodule(n) for n in layers]
+    return Costs(unit, sum(map(parameter_count, counted)))
+
+
+def by_sensitivity(
+    units: Sequence[Units],
+    costs: Costs,
+    growth: Mapping[str, torch.Tensor],
+    budget: BudgetConfig,
+    multiple_of: Mapping[Kind, int],
+    *,
+    alike: bool,
+) -> dict[str, int]:
+    """Units to keep by the consumer's name, where the loss grows least.
+
+    Args:
+        growth: ``(units + 1,)`` by the consumer's name: what the loss grows by with so many kept.
+        multiple_of: every count is a multiple, or all.
+        alike: the same count in all layers.
+
+    Raises:
+        ValueError: the budget is too small for the least counts.
+    """
+    groups: dict[object, list[Units]] = {}
+    for each in units:
+        groups.setdefault(each.kind if alike else each.consumer, []).append(each)
+    curves = []
+    for group in groups.values():
+        step, count = multiple_of[group[0].kind], group[0].count
+        price = step * sum(costs.unit[each.consumer] for each in group)
+        curves.append(
+            RankCurve(
+                loss=sum(growth[each.consumer] for each in group)[::step],  # type: ignore[index]
+                factored=lambda kept, price=price: kept * price,  # type: ignore[misc]
+                dense=sum(count * costs.unit[each.consumer] for each in group),
+                limit=(count - 1) // step,
+            )
+        )
+    free = sum(curve.dense for curve in curves)
+    wanted = budget.share * costs.total - (costs.total - free)
+    _require(wanted, free, costs, budget, curves)
+    picked = allocate_ranks(curves, wanted / free, least=budget.least)
+    counts: dict[str, int] = {}
+    for group, kept in zip(groups.values(), picked, strict=True):
+        for each in group:
+            step = multiple_of[each.kind]
+            counts[each.consumer] = each.count if kept is None else kept * step
+    return counts
+
+
+def evenly(
+    units: Sequence[Units], costs: Costs, budget: BudgetConfig, multiple_of: Mapping[Kind, int]
+) -> dict[str, int]:
+    """The same share of every kind: the largest, rounded down to multiples, within the budget.
+
+    Raises:
+        ValueError: not even the smallest multiples are within it.
+    """
+    shares = sorted({k / u.count for u in units for k in range(1, u.count + 1)}, reverse=True)
+    for share in shares:
+        counts = {
+            u.consumer: max(_down(share * u.count, multiple_of[u.kind], u.count), 1) for u in units
+        }
+        if costs.left(units, counts) <= budget.share * costs.total:
+            return counts
+    raise ValueError(_too_small(costs, budget, costs.left(units, counts)))
+
+
+def _down(wanted: float, step: int, count: int) -> int:
+    whole = int(wanted + 1e-9)
+    return count if whole == count else max(whole - whole % step, min(step, count))
+
+
+def _require(
+    wanted: float,
+    free: int,
+    costs: Costs,
+    budget: BudgetConfig,
+    curves: Sequence[RankCurve],
+) -> None:
+    least = 0.0
+    for curve in curves:
+        enough = [
+            curve.stored(k)
+            for k in range(1, curve.limit + 1)
+            if curve.stored(k) >= budget.least * curve.dense
+        ]
+        least += min(enough, default=curve.dense)
+    if least > wanted:
+        raise ValueError(_too_small(costs, budget, int(costs.total - free + least)))
+
+
+def _too_small(costs: Costs, budget: BudgetConfig, least: int) -> str:
+    counted = "multiply-accumulates" if budget.measure == "macs" else "parameters"
+    return (
+        f"budget {budget.measure} {budget.share} allows {int(budget.share * costs.total)} of "
+        f"{costs.total} {counted}, and the smallest counts that may be kept leave {least} "
+        f"({least / costs.total:.3f}). Raise the budget, lower `budget.least` "
+        f"({budget.least}) or `multiple_of`, or name more kinds in `units`."
+    )
+
+
+def _parameters(model: nn.Module, units: Units) -> int:
+    total = 0
+    for name, features in units.producers.items():
+        module = model.get_submodule(name)
+        inputs = _shape(module)[1] + (getattr(module, "bias", None) is not None)
+        total += features.shape[1] * inputs
+    return total + units.reads.shape[1] * _shape(model.get_submodule(units.consumer))[0]
+
+
+def _macs(model: nn.Module, units: Units, tokens: int) -> int:
+    total = units.reads.shape[1] * _shape(model.get_submodule(units.consumer))[0]
+    for name, features in units.producers.items():
+        total += features.shape[1] * _shape(model.get_submodule(name))[1]
+    return total * tokens + _attention(units, tokens)
+
+
+def _attention(units: Units, tokens: int) -> int:
+    """Products of queries with keys and of weights with values, of one head and its queries."""
+    return 2 * tokens * tokens * units.reads.shape[1] if units.kind == "heads" else 0
+
+
+def _products(layer: nn.Module, tokens: int) -> int:
+    matrices = (as_matrix(module) for module in layer.modules())
+    return tokens * sum(matrix.numel() for matrix in matrices if matrix is not None)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    matrix = as_matrix(module)
+    assert matrix is not None
+    m, n = matrix.shape
+    return m, n

@@ -1,0 +1,114 @@
+"""``IDPruningModifier``: the stage of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llmcompressor.core import State
+from pydantic import PrivateAttr
+
+from cur_modifier.checkpoint.save import wrap_save_pretrained
+from cur_modifier.modifiers import upstream
+from cur_modifier.modifiers.prune.engine import remove_units
+from cur_modifier.modifiers.prune.journal import PruningJournal
+from cur_modifier.modifiers.prune.plan import Plan, check, make_plan, put_counts
+from cur_modifier.modifiers.prune.settings import PruneSettings
+
+__all__ = ["IDPruningModifier"]
+
+
+class IDPruningModifier(PruneSettings):
+    """Removes neurons of MLPs and heads of attention; what is left is a smaller dense model.
+
+    An interpolative decomposition of each hidden activation keeps real units, and the module that
+    reads them absorbs the interpolation of the others (Chee et al. 2022, "Model preserving
+    compression"; STAT, 2024). Nothing is trained, unless ``refine`` asks for it. With
+    ``shapes: uniform`` the checkpoint is an ordinary one, which needs no plugin anywhere.
+
+    Sample yaml:
+
+    ```yaml
+    prune_stage:
+      prune_modifiers:
+        IDPruningModifier:
+          units: [neurons]
+          budget: {ratio: 0.8}
+          shapes: uniform
+      quantization_modifiers:
+        GPTQModifier: {scheme: W4A16, targets: [Linear], ignore: [lm_head]}
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - check the whole stage against model, data and later stages
+        - measure what the loss thinks of each consumer, and spend the budget
+        - remove and correct, layer by layer. llm-compressor initializes all stages of a recipe
+          before it calibrates the first one: only so do later stages find the smaller layers
+    - on_finalize
+        - report, with the losses of later stages; close the MLflow run
+
+    :param units: kinds of units: ``neurons``, ``heads`` (a key/value head goes with its queries)
+    :param targets: modules that read units (``down_proj``, ``o_proj``), by name, class name, or
+        regular expression after ``re:``; all by default
+    :param ignore: such modules whose units all stay although a target matches
+    :param budget: what may be left, see ``BudgetConfig``
+    :param shapes: ``uniform`` keeps as many units of a kind in every layer, as config.json's own
+        fields can say: any engine loads that. ``free`` lets each layer keep what it needs; the
+        checkpoint then needs cur_modifier, or the reader that it ships
+    :param selection: how units are chosen. ``elimination`` gives up one after another, each the one
+        whose loss the others mend best; ``greedy`` builds up from none; ``qdeim``, ``deim``,
+        ``leverage``, ``norm`` and ``random`` as for rows
+    :param corrected: let consumers absorb the interpolation; without they keep their columns
+    :param max_entry: exchange neurons until no entry of an interpolation is larger; STAT's is 2
+    :param fit: ``loss`` chooses units in the metric of the loss's curvature, ``gram`` by the plain
+        error of the consumer's output
+    :param anchor: the dense model's share in what consumers are fitted to, as in ``CURModifier``;
+        null fits each to its own weight
+    :param refine: train each layer's weights on its output after the removal, see ``RefineConfig``
+    :param sensitivity: how the loss's curvature is measured, see ``SensitivityConfig``
+    :param multiple_of: counts of neurons are multiples of this: group sizes of later stages must
+        divide it, and kernels want it
+    :param served: refuse what vLLM can't serve. ``false`` for models that transformers alone runs
+    :param seed: of every random choice
+    :param mlflow: log the run to MLflow where it is installed
+    """
+
+    _plan: Plan | None = PrivateAttr(default=None)
+    _journal: PruningJournal | None = PrivateAttr(default=None)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check everything, choose units, remove them, and correct what reads them."""
+        model, batches = state.model, state.data.calib
+        upstream.refuse_distributed()
+        draft = check(self, model, batches)
+        self._journal = journal = PruningJournal(model, enabled=self.mlflow)
+        with self._failing_run():
+            plan = make_plan(draft, model, batches)
+            remove_units(model, plan, batches, journal)
+            put_counts(model, plan)
+            wrap_save_pretrained(model, journal.files)
+        journal.complete = True
+        self._plan = draft  # without what the loss thinks of every module
+        return True
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Report and close the run."""
+        journal, self._journal = self._journal, None
+        plan, self._plan = self._plan, None
+        if journal is not None and plan is not None:
+            journal.finish(state.model, plan.counted, plan.costs.total)
+        return True
+
+    @contextmanager
+    def _failing_run(self) -> Iterator[None]:
+        """Mark the run as failed, with its error, on the way out of one of our own steps."""
+        try:
+            yield
+        except BaseException as error:
+            if self._journal is not None:
+                self._journal.fail(error)
+                self._journal = None
+            raise

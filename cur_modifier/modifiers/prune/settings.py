@@ -1,0 +1,69 @@
+"""The fields of an ``IDPruningModifier`` stage, and what follows from them alone."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from llmcompressor.modifiers import Modifier
+from pydantic import Field, field_serializer, model_validator
+
+from cur_modifier.linalg import Selection
+from cur_modifier.modifiers.config import RefineConfig, SensitivityConfig
+from cur_modifier.modifiers.prune.config import BudgetConfig
+from cur_modifier.structure.removal import Kind
+
+__all__ = ["PruneSettings"]
+
+_OF_BLOCKS = (Selection.ELIMINATION, Selection.NORM, Selection.LEVERAGE, Selection.RANDOM)
+
+
+class PruneSettings(Modifier):
+    """What a recipe says of the stage. ``IDPruningModifier`` documents every field."""
+
+    units: list[Kind] = Field(default=["neurons"], min_length=1)
+    targets: list[str] = Field(default_factory=lambda: ["re:.*"], min_length=1)
+    ignore: list[str] = Field(default_factory=list)
+    budget: BudgetConfig = Field(default_factory=lambda: BudgetConfig(ratio=0.8))
+    shapes: Literal["uniform", "free"] = "uniform"
+    selection: Selection = Selection.ELIMINATION
+    corrected: bool = True
+    max_entry: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+    fit: Literal["loss", "gram"] = "loss"
+    anchor: float | None = Field(default=0.25, ge=0, le=1)
+    refine: RefineConfig | None = None
+    sensitivity: SensitivityConfig = Field(default_factory=SensitivityConfig)
+    multiple_of: int = Field(default=64, ge=1)
+    served: bool = True
+    seed: int = 0
+    mlflow: bool = True
+
+    @field_serializer("selection")
+    def _plain(self, value: str) -> str:
+        # llm-compressor dumps recipes with python tags for enums, which then do not load.
+        return str(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.units)) < len(self.units):
+            raise ValueError(f"units {self.units} names a kind twice; name each once.")
+        if "heads" in self.units and self.selection not in _OF_BLOCKS:
+            raise ValueError(
+                f"selection '{self.selection}' chooses single features, and a head has several. "
+                f"Choose {', '.join(_OF_BLOCKS)}, or `units: [neurons]`."
+            )
+        if "heads" in self.units and self.max_entry is not None:
+            raise ValueError(
+                f"max_entry {self.max_entry} bounds the interpolation of single features by "
+                "exchange, and a head has several. Leave it out, or `units: [neurons]`."
+            )
+        if not self.corrected and self.anchor is not None and "anchor" in self.model_fields_set:
+            raise ValueError(
+                f"anchor {self.anchor} is the dense model's share in what the consumers are fitted "
+                "to, and `corrected: false` fits none. Leave one of them out."
+            )
+        return self
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the loss's curvature is measured."""
+        return self.fit == "loss" or self.budget.by == "sensitivity" or self.refine is not None
