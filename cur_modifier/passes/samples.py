@@ -21,7 +21,8 @@ __all__ = [
     "with_constant",
 ]
 
-_NOT_INPUTS = ("labels", "loss_mask")
+_LABELS = ("labels", "start_positions", "end_positions")
+_NOT_INPUTS = (*_LABELS, "loss_mask")
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,24 @@ class Sample:
         return self.real.numel()
 
 
-def collect_samples(batches: Iterable[Mapping[str, Any]]) -> list[Sample]:
+def collect_samples(
+    batches: Iterable[Mapping[str, Any]], *, labels: bool = False
+) -> list[Sample]:
     """The rows of calibration batches, in an order that does not depend on the loader's.
 
     llm-compressor's loader shuffles with torch's global generator, anew on every pass.
+
+    Args:
+        labels: whether to keep labels among the inputs.
     """
+    left_out = _NOT_INPUTS if not labels else tuple(key for key in _NOT_INPUTS if key not in _LABELS)
     samples = []
     for batch in batches:
         rows = batch["input_ids"].shape[0]
         tensors = {
             key: value
             for key, value in batch.items()
-            if torch.is_tensor(value) and value.shape[:1] == (rows,) and key not in _NOT_INPUTS
+            if torch.is_tensor(value) and value.shape[:1] == (rows,) and key not in left_out
         }
         for row in range(rows):
             inputs = {key: value[row : row + 1].clone() for key, value in tensors.items()}

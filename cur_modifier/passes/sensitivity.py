@@ -28,6 +28,7 @@ from cur_modifier.checkpoint.files import changed, digest, digest_text, replacin
 from cur_modifier.linalg import GramAccumulator, curvature_spectrum
 from cur_modifier.passes.context import evaluation_forward, frozen, on_device
 from cur_modifier.passes.grams import SharedGrams
+from cur_modifier.passes.losses import drawn_loss
 from cur_modifier.passes.samples import first_batches, real_tokens
 from cur_modifier.precision import half_products
 from cur_modifier.structure.operators import as_matrix
@@ -162,6 +163,7 @@ def measure(
         return hook
 
     generator = torch.Generator().manual_seed(seed)
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
     with ExitStack() as stack:
         device = stack.enter_context(evaluation_forward(model, logits=True))
         stack.enter_context(frozen(model))
@@ -180,8 +182,8 @@ def measure(
             inputs = on_device(batch, device)
             real = real_tokens(inputs)
             with half_products(next(model.parameters()).dtype, device):
-                logits = model(**inputs).logits
-            _loss(logits, inputs.get("attention_mask"), generator).backward()
+                outputs = model(**inputs)
+            drawn_loss(outputs, inputs, generator, problem).backward()
     found = {name: metric.result(name) for name, metric in metrics.items()}
     spectra = {}
     for name, group in modules.items():
@@ -253,18 +255,6 @@ class _Metric:
                 raise ValueError(f"{name}, gradients: {error}") from error
         assert self._diagonal is not None
         return self._diagonal / self._tokens
-
-
-def _loss(
-    logits: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator
-) -> torch.Tensor:
-    """Summed cross entropy with labels drawn from the model's own distribution."""
-    flat = logits.flatten(0, -2).float()
-    drawn = torch.rand(flat.shape[0], 1, generator=generator).to(flat.device)
-    with torch.no_grad():
-        labels = (flat.softmax(-1).cumsum(-1) < drawn).sum(-1).clamp(max=flat.shape[-1] - 1)
-    losses = nn.functional.cross_entropy(flat, labels, reduction="none")
-    return losses.sum() if mask is None else (losses * mask.flatten()).sum()
 
 
 def _require_gradient(_: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:

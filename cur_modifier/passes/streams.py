@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,13 +32,18 @@ class _ReachedError(Exception):
     """Leaves a forward pass where nothing further is needed of it."""
 
 
+class _Arguments(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @dataclass
 class _Batch:
     """One batch between two layers: hidden states ``(samples, tokens, hidden)`` of both models."""
 
     dense: torch.Tensor
     compressed: torch.Tensor
-    arguments: list[dict[str, Any]]  # of every layer
+    arguments: list[_Arguments]  # of every layer, behind the hidden state
     real: torch.Tensor  # (samples, tokens), False for padding
 
 
@@ -91,11 +96,12 @@ class LayerStreams:
     def forward(self, hidden: torch.Tensor, batch: int, row: int | None = None) -> torch.Tensor:
         """The layer's output for hidden states ``(samples, tokens, hidden)`` of a batch, or of one
         ``row`` of it."""
-        arguments = self.batches[batch].arguments[self.depth]
+        args, kwargs = self.batches[batch].arguments[self.depth]
         if row is not None:
             samples = self.batches[batch].dense.shape[0]
-            arguments = {key: _row(value, row, samples) for key, value in arguments.items()}
-        out = self.layer(hidden, **arguments)
+            args = _row(args, row, samples)
+            kwargs = {key: _row(value, row, samples) for key, value in kwargs.items()}
+        out = self.layer(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -338,17 +344,12 @@ class LayerStreams:
     @torch.no_grad()
     def _enter(self, inputs: Mapping[str, Any]) -> _Batch:
         """What the model hands to each layer, with the layers themselves passed over."""
-        arguments: list[dict[str, Any]] = []
+        arguments: list[_Arguments] = []
         first: list[torch.Tensor] = []
         last = self._layers[-1]
 
         def passing(layer: nn.Module) -> Callable[..., Any]:
             def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                if args:
-                    raise ValueError(
-                        f"{type(self._model).__name__} calls its layers with positional arguments "
-                        "beyond the hidden state. Leave out `anchor` and `refine`."
-                    )
                 if kwargs.get("past_key_values") is not None:
                     raise ValueError(
                         f"{type(self._model).__name__} hands a cache of keys and values to its "
@@ -357,7 +358,7 @@ class LayerStreams:
                     )
                 if not first:
                     first.append(hidden_states)
-                arguments.append(kwargs)
+                arguments.append(_Arguments(args, kwargs))
                 if layer is last:
                     raise _ReachedError
                 return hidden_states

@@ -93,8 +93,8 @@ def check(settings: PruneSettings, model: Any, batches: Any) -> Plan:
     elif "heads" in settings.units and settings.served and _is_decoder(model):
         raise ValueError(
             "shapes 'free' with heads gives every layer its own number of heads, and vLLM keeps "
-            "one cache of keys and values, of one shape for all layers. Write `shapes: uniform`, or "
-            "`units: [neurons]`; or `served: false` where transformers alone is to run the model."
+            "one cache of keys and values, of one shape for all layers. Write `shapes: uniform`, "
+            "or `units: [neurons]`; or `served: false` where transformers alone runs the model."
         )
     _check_multiples(settings, units)
     _check_weights(model, units)
@@ -311,7 +311,9 @@ def _counts(plan: Plan, growth: Mapping[str, torch.Tensor]) -> dict[str, int]:
 def _measure(draft: Plan, model: nn.Module, batches: Any) -> Sensitivity:
     config = draft.settings.sensitivity
     units = {each.consumer: each for each in draft.units}
-    samples = [sample.inputs for sample in collect_samples(batches)]
+    # A language model's labels are its inputs; those of a task are what it is measured by.
+    labels = not _is_decoder(model)
+    samples = [sample.inputs for sample in collect_samples(batches, labels=labels)]
     tokens = sum(s["input_ids"].numel() for s in samples[: config.samples])
 
     def curve(
