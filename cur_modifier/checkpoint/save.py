@@ -227,16 +227,13 @@ def _without_own_code(model: nn.Module) -> Iterator[None]:
     if not _is_of_transformers(_plain_class(model)):
         yield  # nor is it ours to ship
         return
-    instance = vars(model)
-    before = instance.get("_auto_class")
-    instance["_auto_class"] = None
+    owner: Any = next(c for c in type(model).__mro__ if "_auto_class" in vars(c))
+    before = owner._auto_class
+    owner._auto_class = None
     try:
         yield
     finally:
-        if before is None:
-            del instance["_auto_class"]
-        else:
-            instance["_auto_class"] = before
+        owner._auto_class = before
 
 
 def _plain_class(model: nn.Module) -> type:
