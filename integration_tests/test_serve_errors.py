@@ -96,9 +96,9 @@ CASES: dict[str, Case] = {
         rf"{Q}.cur_r.weight has shape \(48, 192\).*config.json was edited",
     ),
     "schema of a later version": (
-        [partial(edit_section, lambda section: section.update(version=2))],
+        [partial(edit_section, lambda section: section.update(version=3))],
         [],
-        r"schema version 2; this cur-modifier reads version 1. Upgrade it",
+        r"schema version 3; this cur-modifier reads versions 1 and 2. Upgrade it",
     ),
     "variant of a later version": (
         [partial(edit_section, lambda section: section["modules"][K].update(axis="column"))],

@@ -1,1 +1,1 @@
-"""Saving factored checkpoints."""
+"""Saving factored and resized checkpoints."""

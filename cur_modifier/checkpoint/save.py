@@ -1,4 +1,4 @@
-"""Saving a factored model: `config.json` says what is factored, and the directory appears whole.
+"""Saving a factored or resized model: `config.json` says what is, and the directory appears whole.
 
 Three routes lead back from a checkpoint. With the plugin imported, ``from_pretrained`` finds the
 quantizer ``cur``. Without it, ``trust_remote_code=True`` finds the same quantizer in the files that
@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from cur_modifier.checkpoint.files import put_text
-from cur_modifier.checkpoint.remote_code import ship
+from cur_modifier.checkpoint.remote_code import FOLDER, ship
+from cur_modifier.checkpoint.resized import differences
 from cur_modifier.forms.base import factored_layers
 from cur_modifier.forms.schema import QUANT_METHOD, ModuleSpec, Producer, Schema, checksum
 
@@ -36,18 +37,21 @@ TRIPWIRE = "this-checkpoint-needs-import-cur_modifier-or-trust_remote_code.safet
 # Modules of ours that lie beside them are an earlier version's.
 _STALE = re.compile(
     r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-    r"|cur_(layout|factored|quantizer)\.py|modeling_cur\.py"
+    rf"|cur_(layout|factored|quantizer)\.py|modeling_cur\.py|{FOLDER}"
 )
 
 
 def schema_of(model: nn.Module) -> Schema:
-    """The schema of the factored modules in ``model``.
+    """The schema of the factored modules in ``model``, and of the resized ones if it is marked as
+    resized.
 
     Raises:
-        ValueError: factors that are not fitted yet, as after an interrupted oneshot; or a module
-            that uses a factor of one that is not in the model any more.
+        ValueError: factors that are not fitted yet, as after an interrupted oneshot; a module that
+            uses a factor of one that is not in the model any more; or a size that no checkpoint
+            can record.
     """
     factored = factored_layers(model)
+    found = differences(model)
     names = {module: name for name, module in factored.items()}
     modules = {}
     for name, module in factored.items():
@@ -62,15 +66,22 @@ def schema_of(model: nn.Module) -> Schema:
             in_features=module.in_features,
             out_features=module.out_features,
             bias=module.effective_bias() is not None,
+            resized=name in found.factored,
             **module.variant(names),
         )
-    return Schema(producer=_producer(), modules=modules)
+    return Schema(
+        producer=_producer(),
+        modules=modules,
+        resized=dict(found.dense),
+        attributes=dict(found.integers),
+    )
 
 
 def annotate(directory: Path, schema: Schema, model_class: type) -> None:
-    """Describe the factors in ``directory/config.json`` and ship the code that reads them.
+    """Describe the model in ``directory/config.json`` and ship the code that reads it.
 
-    A compressed-tensors section moves inside ours, untouched.
+    A compressed-tensors section moves inside ours, untouched. Where nothing is factored or resized,
+    it stays where it is, and nothing of ours does.
     """
     path = directory / "config.json"
     config = json.loads(path.read_text())
@@ -80,6 +91,9 @@ def annotate(directory: Path, schema: Schema, model_class: type) -> None:
         if section.get("quant_method") == QUANT_METHOD
         else section
     )
+    if not (schema.modules or schema.resized or schema.attributes):
+        _make_ordinary(path, config, inner)
+        return
     files = {file.name: checksum(file) for file in sorted(directory.glob("*.safetensors"))}
     schema = schema.model_copy(update={"compressed_tensors": inner or None, "files": files})
     config["quantization_config"] = schema.write()
@@ -91,8 +105,21 @@ def annotate(directory: Path, schema: Schema, model_class: type) -> None:
     put_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _make_ordinary(path: Path, config: dict[str, Any], inner: dict[str, Any] | None) -> None:
+    """Remove entries of ours, which a model has that was loaded from a checkpoint of ours."""
+    code = {k: v for k, v in config.get("auto_map", {}).items() if f"{FOLDER}/" not in str(v)}
+    replaced = {"quantization_config": inner, "auto_map": code}
+    ordinary = {key: value for key, value in config.items() if key not in replaced}
+    ordinary |= {key: value for key, value in replaced.items() if value}
+    if ordinary != config:
+        put_text(path, json.dumps(ordinary, indent=2, sort_keys=True) + "\n")
+
+
 def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = None) -> None:
     """Make ``model.save_pretrained`` write a factored checkpoint, all of it or nothing.
+
+    Sizes that the model's config does not tell are part of it where a stage has called
+    :func:`~cur_modifier.checkpoint.resized.mark_resized`.
 
     The files are written to a hidden sibling directory, which takes the place of ``save_directory``
     when complete. A mount point can't be replaced: there they are written to a hidden directory
@@ -206,7 +233,7 @@ def _replace_files(new: Path, target: Path) -> None:
         os.replace(new / name, target / name)
     for entry in target.iterdir():
         if _STALE.fullmatch(entry.name) and entry.name not in names:
-            entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     new.rmdir()
 
 
@@ -227,16 +254,13 @@ def _without_own_code(model: nn.Module) -> Iterator[None]:
     if not _is_of_transformers(_plain_class(model)):
         yield  # nor is it ours to ship
         return
-    instance = vars(model)
-    before = instance.get("_auto_class")
-    instance["_auto_class"] = None
+    owner: Any = next(c for c in type(model).__mro__ if "_auto_class" in vars(c))
+    before = owner._auto_class
+    owner._auto_class = None
     try:
         yield
     finally:
-        if before is None:
-            del instance["_auto_class"]
-        else:
-            instance["_auto_class"] = before
+        owner._auto_class = before
 
 
 def _plain_class(model: nn.Module) -> type:

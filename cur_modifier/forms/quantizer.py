@@ -1,4 +1,5 @@
-"""The quantizer ``cur``: ``from_pretrained`` rebuilds the factored modules of a checkpoint.
+"""The quantizer ``cur``: ``from_pretrained`` rebuilds the factored and resized modules of a
+checkpoint.
 
 This file is also shipped inside checkpoints.
 """
@@ -21,6 +22,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from .registry import find_form
+from .resize import resize, set_integers
 from .schema import QUANT_METHOD, ModuleSpec, Schema, SchemaError, stored_shapes
 
 __all__ = ["CURConfig", "CURQuantizer", "register"]
@@ -57,7 +59,8 @@ class CURConfig(QuantizationConfigMixin):
 
 
 class CURQuantizer(HfQuantizer):
-    """Swaps factored modules into the empty model, then lets compressed-tensors do its part."""
+    """Resizes modules of the empty model and swaps factored ones in, then lets compressed-tensors
+    do its part."""
 
     requires_calibration = True
     quantization_config: CURConfig
@@ -92,6 +95,10 @@ class CURQuantizer(HfQuantizer):
         schema = self.quantization_config.schema
         _check_files(schema, kwargs.get("checkpoint_files") or [])
         schema.check_supported()
+        for name, size in schema.resized.items():
+            resize(model, name, size)
+        for name, values in schema.attributes.items():
+            set_integers(model, name, values)
         # Whoever uses another's skeleton comes after it.
         for name, module in sorted(
             schema.modules.items(), key=lambda m: bool(m[1].shared_skeleton)
@@ -108,8 +115,8 @@ class CURQuantizer(HfQuantizer):
         """Not by this file alone: what it saved would say nothing to loaders that do not know CUR,
         and they would fill the missing weights with noise."""
         logger.warning(
-            "A factored model is saved by the plugin: pip install cur-modifier, and import "
-            "cur_modifier before the model is loaded."
+            "A model with factored or resized modules is saved by the plugin: pip install "
+            "cur-modifier, and import cur_modifier before the model is loaded."
         )
         return False
 
@@ -137,10 +144,11 @@ def _swap(model: nn.Module, name: str, module: ModuleSpec, dtype: torch.dtype | 
         ) from None
     if not isinstance(dense, nn.Linear):
         raise SchemaError(f"config.json says that {name} is factored; here it is no nn.Linear.")
-    if (dense.out_features, dense.in_features) != (module.out_features, module.in_features):
+    built = (dense.out_features, dense.in_features)
+    if not module.resized and built != (module.out_features, module.in_features):
         raise SchemaError(
             f"config.json says that {name} is {module.out_features}x{module.in_features}, but the "
-            f"model builds it as {dense.out_features}x{dense.in_features}. config.json was edited, "
+            f"model builds it as {built[0]}x{built[1]}. config.json was edited, "
             "or belongs to another checkpoint."
         )
     leader: Any = module.shared_skeleton and model.get_submodule(module.shared_skeleton)
@@ -151,13 +159,15 @@ def _swap(model: nn.Module, name: str, module: ModuleSpec, dtype: torch.dtype | 
 
 
 def _check_files(schema: Schema, files: list[str]) -> None:
-    """Refuse a checkpoint that lacks a factor: transformers would fill it with random numbers."""
+    """Refuse a checkpoint that lacks a factor or a resized weight: transformers would fill it with
+    random numbers."""
     if not files:
         return
     shapes = stored_shapes(files)
-    if not any(key.startswith(tuple(f"{name}." for name in schema.modules)) for key in shapes):
+    names = [*schema.modules, *schema.resized]
+    if not any(key.startswith(tuple(f"{name}." for name in names)) for key in shapes):
         raise SchemaError(
-            f"none of the {len(schema.modules)} modules that config.json calls factored has a "
+            f"none of the {len(names)} modules that config.json calls factored or resized has a "
             f"tensor in {files[0]}. The weights and config.json are not of one checkpoint."
         )
     schema.check_tensors(shapes)

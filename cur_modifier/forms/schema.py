@@ -16,6 +16,12 @@ It is the ``quantization_config`` of ``config.json``::
      "files": {"model.safetensors": "<SHA-256>"},
      "compressed_tensors": {...}}        # as compressed-tensors wrote it, or null
 
+Where neurons or heads were removed, and in each layer another number of them, ``config.json``'s own
+fields can't express the sizes that are left. Such a section has version 2 and two more entries::
+
+    "resized": {"model.layers.3.mlp.down_proj": {"out_features": 576, "in_features": 1120}},
+    "attributes": {"model.layers.3.self_attn": {"num_heads": 7}}
+
 Imports pydantic only, so that any reader can use it: the transformers quantizer, the vLLM plugin,
 a script on a laptop.
 """
@@ -26,15 +32,24 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .sizes import FORMS, Sizes
 
 __all__ = [
     "QUANT_METHOD",
     "SCHEMA_VERSION",
+    "DenseSize",
     "ModuleSpec",
     "Producer",
     "Schema",
@@ -44,7 +59,9 @@ __all__ = [
 ]
 
 QUANT_METHOD = "cur"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Of a checkpoint whose sizes are all as `config.json` builds them: older readers know it.
+_BEFORE_RESIZED = 1
 _NEWER = "needs a newer cur-modifier. Upgrade it: pip install -U cur-modifier."
 _EDITED = "config.json was edited, or belongs to another checkpoint."
 
@@ -63,6 +80,7 @@ class ModuleSpec(BaseModel):
             are this module's.
         shared_skeleton: the module whose skeleton this one uses, e.g. q's in k and v of a layer.
             None in the module that has it.
+        resized: whether ``config.json``'s own fields give the Linear other sizes than these.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,6 +92,7 @@ class ModuleSpec(BaseModel):
     bias: bool = False
     direct_outputs: int | None = Field(default=None, ge=0)
     shared_skeleton: str | None = None
+    resized: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -133,6 +152,27 @@ class ModuleSpec(BaseModel):
         return self.sizes.tensors(self, bias=self.bias)
 
 
+class DenseSize(BaseModel):
+    """Sizes of a dense Linear to which ``config.json``'s own fields give others.
+
+    Attributes:
+        transposed: its weight is stored as ``(in_features, out_features)``, as by transformers'
+            ``Conv1D``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    out_features: int = Field(ge=1)
+    in_features: int = Field(ge=1)
+    transposed: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the weight as it is stored where it is not quantized."""
+        shape = (self.out_features, self.in_features)
+        return shape[::-1] if self.transposed else shape
+
+
 class Producer(BaseModel):
     """Who wrote a checkpoint: an object with a name, as ModelOpt has it and vLLM expects it."""
 
@@ -143,10 +183,14 @@ class Producer(BaseModel):
 
 
 class Schema(BaseModel):
-    """The whole ``quantization_config`` of a factored checkpoint.
+    """The whole ``quantization_config`` of a checkpoint with factored or resized Linears.
 
     Attributes:
+        version: the lowest one that has all entries which are used.
         modules: the factored Linears by name.
+        resized: the dense Linears by name to which ``config.json``'s own fields give other sizes.
+        attributes: plain integers of modules, by the module's name and the attribute's, to which
+            those fields give other values: numbers of heads, and of features that are split.
         files: SHA-256 of every weights file by name. Where it is empty, nothing is compared.
         compressed_tensors: how factors and other layers are quantized, as compressed-tensors
             wrote it.
@@ -158,8 +202,32 @@ class Schema(BaseModel):
     version: int = SCHEMA_VERSION
     producer: Producer = Field(default_factory=Producer)
     modules: dict[str, ModuleSpec]
+    resized: dict[str, DenseSize] = Field(default_factory=dict)
+    attributes: dict[str, dict[str, Annotated[StrictInt, Field(ge=0)]]] = Field(
+        default_factory=dict
+    )
     files: dict[str, str] = Field(default_factory=dict)
     compressed_tensors: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _factored_or_dense(self) -> Self:
+        both = sorted(self.modules.keys() & self.resized.keys())
+        if both:
+            raise ValueError(
+                f"{both[0]} is in 'modules' and in 'resized': it is factored or dense. {_EDITED}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lowest_version(self) -> Self:
+        self.version = SCHEMA_VERSION if self.has_own_sizes else _BEFORE_RESIZED
+        return self
+
+    @property
+    def has_own_sizes(self) -> bool:
+        """Whether ``config.json``'s own fields give any module other sizes or counts."""
+        factored = any(module.resized for module in self.modules.values())
+        return factored or bool(self.resized or self.attributes)
 
     @classmethod
     def read(cls, section: dict[str, Any]) -> Self:
@@ -170,11 +238,12 @@ class Schema(BaseModel):
                 names the entry.
         """
         version = section.get("version")
-        if version != SCHEMA_VERSION:
+        if version not in (_BEFORE_RESIZED, SCHEMA_VERSION):
             raise SchemaError(
                 f"quantization_config has schema version {version!r}; this cur-modifier reads "
-                f"version {SCHEMA_VERSION}. Upgrade it (pip install -U cur-modifier), or compress "
-                f"the model again. The checkpoint was written by {section.get('producer')!r}."
+                f"versions {_BEFORE_RESIZED} and {SCHEMA_VERSION}. Upgrade it (pip install -U "
+                "cur-modifier), or compress the model again. The checkpoint was written by "
+                f"{section.get('producer')!r}."
             )
         try:
             return cls.model_validate(section)
@@ -183,7 +252,7 @@ class Schema(BaseModel):
 
     def write(self) -> dict[str, Any]:
         """The JSON form, with defaults left out of the modules' entries."""
-        section = self.model_dump(mode="json", exclude={"modules"})
+        section = self.model_dump(mode="json", exclude={"modules", "resized", "attributes"})
         section["modules"] = {
             name: {
                 **module.model_dump(mode="json", exclude_defaults=True),
@@ -191,6 +260,13 @@ class Schema(BaseModel):
             }
             for name, module in self.modules.items()
         }
+        if self.resized:
+            section["resized"] = {
+                name: size.model_dump(mode="json", exclude_defaults=True)
+                for name, size in self.resized.items()
+            }
+        if self.attributes:
+            section["attributes"] = self.attributes
         return section
 
     def check_supported(self) -> None:
@@ -256,19 +332,12 @@ class Schema(BaseModel):
         self.check_supported()
         for name, module in self.modules.items():
             for key, shape in module.tensor_shapes.items():
-                full = f"{name}.{key}"
-                # compressed-tensors packs the inputs of a weight; its rows stay rows.
-                packed = shapes.get(f"{full}_packed")
-                found = shapes.get(full, packed and (packed[0], *shape[1:]))
-                if found is None:
-                    raise SchemaError(
-                        f"{full} is missing from the checkpoint. Download or save it again."
-                    )
-                if tuple(found) != shape:
-                    raise SchemaError(
-                        f"{full} has shape {tuple(found)}; config.json gives rank {module.rank}, "
-                        f"so {shape}. {_EDITED}"
-                    )
+                _check_tensor(shapes, f"{name}.{key}", shape, f"rank {module.rank}")
+        for name, size in self.resized.items():
+            given = f"{size.out_features} outputs of {size.in_features} inputs"
+            _check_tensor(shapes, f"{name}.weight", size.weight_shape, given)
+            if f"{name}.bias" in shapes:
+                _check_tensor(shapes, f"{name}.bias", (size.out_features,), given)
 
     def check_files(self, directory: Path) -> None:
         """Compare the weights files in ``directory`` with their checksums; reads all of them.
@@ -286,6 +355,21 @@ class Schema(BaseModel):
                     "config.json's 'files'. Download or save it again, or remove that entry if the "
                     "change is meant."
                 )
+
+
+def _check_tensor(
+    shapes: Mapping[str, tuple[int, ...]], name: str, shape: tuple[int, ...], given: str
+) -> None:
+    """Compare one tensor with the shape that follows from what is ``given`` in config.json."""
+    # compressed-tensors packs the inputs of a weight; its rows stay rows.
+    packed = shapes.get(f"{name}_packed")
+    found = shapes.get(name, packed and (packed[0], *shape[1:]))
+    if found is None:
+        raise SchemaError(f"{name} is missing from the checkpoint. Download or save it again.")
+    if tuple(found) != shape:
+        raise SchemaError(
+            f"{name} has shape {tuple(found)}; config.json gives {given}, so {shape}. {_EDITED}"
+        )
 
 
 def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:

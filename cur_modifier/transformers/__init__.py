@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from cur_modifier.checkpoint.resized import mark_resized
 from cur_modifier.checkpoint.save import wrap_save_pretrained
 from cur_modifier.forms.quantizer import CURConfig, CURQuantizer
 from cur_modifier.forms.schema import QUANT_METHOD
@@ -19,6 +20,8 @@ class PluginQuantizer(CURQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         super()._process_model_after_weight_loading(model, **kwargs)
+        if self.quantization_config.schema.has_own_sizes:
+            mark_resized(model)
         wrap_save_pretrained(model)
 
     def is_serializable(self) -> bool:

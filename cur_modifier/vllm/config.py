@@ -1,7 +1,8 @@
-"""The quantization method ``cur`` of vLLM: which Linears are factored, and who runs the others.
+"""The quantization method ``cur`` of vLLM: which Linears are factored, which have other sizes than
+the model's config tells, and who runs the others.
 
 Nothing of vLLM is patched. Modules that are not factored go where compressed-tensors sends them, or
-to vLLM's unquantized method.
+to vLLM's unquantized method; resized ones, too, once their Linear has its true sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from cur_modifier.forms.schema import QUANT_METHOD, ModuleSpec, Schema, SchemaError, stored_shapes
+from cur_modifier.forms.schema import (
+    QUANT_METHOD,
+    DenseSize,
+    ModuleSpec,
+    Schema,
+    SchemaError,
+    stored_shapes,
+)
 
 __all__ = ["KEEP_FACTORS", "CURQuantizationConfig"]
 
@@ -31,6 +39,7 @@ class CURQuantizationConfig(QuantizationConfig):
 
     Attributes:
         modules: the factored Linears by the name that vLLM gives them.
+        resized: the dense Linears of other sizes than config.json's own fields tell, likewise.
         inner: how the factors and the other layers are quantized; None where nothing is.
     """
 
@@ -43,6 +52,7 @@ class CURQuantizationConfig(QuantizationConfig):
         super().__init__()
         self.schema = schema
         self.modules = dict(schema.modules)
+        self.resized = dict(schema.resized)
         self._claimed: set[str] = set()
         self._pipeline = False
 
@@ -107,6 +117,7 @@ class CURQuantizationConfig(QuantizationConfig):
             else module
             for name, module in hf_to_vllm_mapper.apply_dict(self.modules).items()
         }
+        self.resized = hf_to_vllm_mapper.apply_dict(self.resized)
         if self.inner is not None:
             self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
         self._check_tensor_parallel()
@@ -117,16 +128,16 @@ class CURQuantizationConfig(QuantizationConfig):
         return super().get_checkpoint_weight_mapper()
 
     def check_claimed(self) -> None:
-        """Every factored module has been given to a Linear.
+        """Every factored or resized module has been given to a Linear.
 
         Raises:
             SchemaError: one that the model class has no Linear for; its tensors could be skipped
                 without a word.
         """
-        missing = sorted(set(self.modules) - self._claimed)
+        missing = sorted({*self.modules, *self.resized} - self._claimed)
         if missing and not self._pipeline:  # there each rank builds some of the layers
             raise SchemaError(
-                f"config.json says that {missing[0]} is factored"
+                f"config.json says that {missing[0]} is {self._kind(missing[0])}"
                 f"{f' (and {len(missing) - 1} more)' if missing[1:] else ''}, but the model that "
                 "vLLM built has no Linear of that name. Is it an expert of a mixture, or a part "
                 "that vLLM merges in a way of its own? Compress the model again without it."
@@ -134,16 +145,18 @@ class CURQuantizationConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for a Linear with at least one factored part, else compressed-tensors' or
-        vLLM's own.
+        vLLM's own. The Linear first gets the sizes that its parts have.
 
         Raises:
-            SchemaError: factored modules inside a layer that is no Linear, or a skeleton that is
-                shared with a module outside it.
+            SchemaError: factored or resized modules inside a layer that is no Linear, sizes that
+                the Linear can't have, or a skeleton that is shared with a module outside it.
             ValueError: a setting of ours in ``--additional-config`` that is neither true nor false.
         """
+        from vllm.model_executor.layers.attention import Attention, MLAAttention
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         from cur_modifier.vllm.method import FactoredLinearMethod
+        from cur_modifier.vllm.resize import check_attention, resize
 
         if self.inner is not None:
             from cur_modifier.vllm.kernels import replace_unfit
@@ -151,25 +164,44 @@ class CURQuantizationConfig(QuantizationConfig):
             replace_unfit()
         if isinstance(layer, LinearBase):
             names = self._parts(prefix)
+            if not self._own.keys().isdisjoint(names):
+                self._claimed.update(names)
+                current = get_current_vllm_config()
+                self._pipeline = current.parallel_config.pipeline_parallel_size > 1
+                resize(layer, {name: self._own_size(name) for name in names})
             specs = {name: self.modules.get(name) for name in names}
             if any(specs.values()):
                 self._check_skeletons(prefix, names)
-                self._claimed.update(specs)
-                current = get_current_vllm_config()
-                self._pipeline = current.parallel_config.pipeline_parallel_size > 1
                 kept = _keeps_factors(current.additional_config)
                 return FactoredLinearMethod(
                     specs, self.inner, self.check_claimed, keep_factors=kept
                 )
-        elif prefix and (inside := [m for m in self.modules if m.startswith(f"{prefix}.")]):
+        elif prefix and (inside := [m for m in self._own if m.startswith(f"{prefix}.")]):
             raise SchemaError(
-                f"{inside[0]} is factored, but vLLM runs it inside {prefix} as one "
+                f"{inside[0]} is {self._kind(inside[0])}, but vLLM runs it inside {prefix} as one "
                 f"{type(layer).__name__}, which this plugin does not serve. Compress the model "
                 f"again with 're:.*{prefix.rpartition('.')[2]}.*' in the stage's ignore."
             )
+        elif isinstance(layer, Attention | MLAAttention):
+            check_attention(prefix, {n: size for n in self._own if (size := self._own_size(n))})
         if self.inner is not None:
             return self.inner.get_quant_method(layer, prefix)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    @property
+    def _own(self) -> dict[str, ModuleSpec | DenseSize]:
+        """What config.json says something of, by the name that vLLM gives it."""
+        return {**self.modules, **self.resized}
+
+    def _kind(self, name: str) -> str:
+        return "factored" if name in self.modules else "resized"
+
+    def _own_size(self, name: str) -> tuple[int, int] | None:
+        """``(out_features, in_features)``; None for what is as config.json's own fields tell."""
+        entry = self._own.get(name)
+        if entry is None or (isinstance(entry, ModuleSpec) and not entry.resized):
+            return None
+        return entry.out_features, entry.in_features
 
     def _check_skeletons(self, prefix: str, names: list[str]) -> None:
         """A skeleton is computed where it is used: in one Linear of vLLM's."""
@@ -185,7 +217,7 @@ class CURQuantizationConfig(QuantizationConfig):
 
     def _parts(self, prefix: str) -> list[str]:
         """Checkpoint names of the Linears that the one called ``prefix`` holds, in its order."""
-        if prefix in self.modules:
+        if prefix in self.modules or prefix in self.resized:
             return [prefix]
         parent, dot, child = prefix.rpartition(".")
         return [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(child, [child])]
@@ -200,7 +232,7 @@ class CURQuantizationConfig(QuantizationConfig):
         size = config.parallel_config.tensor_parallel_size
         heads = config.model_config.get_total_num_kv_heads()
         width = config.model_config.get_hidden_size()
-        for name, module in self.modules.items():
+        for name, module in self._own.items():
             if name.endswith((".q_proj", ".k_proj", ".v_proj", ".qkv_proj")):
                 if heads % size and size % heads:
                     raise SchemaError(
@@ -225,7 +257,7 @@ def _keeps_factors(settings: Any) -> bool:
     return kept
 
 
-def _split_dimension(module: ModuleSpec, width: int) -> int | None:
+def _split_dimension(module: ModuleSpec | DenseSize, width: int) -> int | None:
     """What tensor parallelism splits, as far as the shape alone tells."""
     if module.in_features == width < module.out_features:  # a router's few outputs are not split
         return module.out_features

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from cur_modifier.checkpoint.remote_code import FOLDER, ship
 from cur_modifier.forms.sizes import FORMS
 
-SUBSETS = list(chain.from_iterable(combinations(FORMS, k) for k in range(1, len(FORMS) + 1)))
+SUBSETS = list(chain.from_iterable(combinations(FORMS, k) for k in range(len(FORMS) + 1)))
 
 
 @pytest.mark.parametrize("forms", SUBSETS, ids="+".join)

@@ -142,8 +142,8 @@ def test_a_config_is_written_as_it_was_read() -> None:
     config, unused = CURConfig.from_dict(given, return_unused_kwargs=True, dtype="auto")
     assert config.to_dict() == config.to_diff_dict() == given and unused == {"dtype": "auto"}
     assert json.loads(json.dumps(given)) == given
-    with pytest.raises(SchemaError, match="schema version 2"):
-        CURConfig(**given | {"version": 2})
+    with pytest.raises(SchemaError, match="schema version 3"):
+        CURConfig(**given | {"version": 3})
 
 
 def test_by_itself_it_loads_and_trains_but_does_not_save() -> None:

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 import cur_modifier.forms.schema
 from cur_modifier.forms.registry import find_form
 from cur_modifier.forms.row_id import shared_skeleton
-from cur_modifier.forms.schema import ModuleSpec, Producer, Schema, SchemaError, checksum
+from cur_modifier.forms.schema import (
+    DenseSize,
+    ModuleSpec,
+    Producer,
+    Schema,
+    SchemaError,
+    checksum,
+)
 
 MODULE = {"form": "cur", "rank": 4, "in_features": 8, "out_features": 6, "bias": False}
 
@@ -84,7 +91,7 @@ def test_shapes_are_those_of_modules_that_share() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (section(version=2), r"schema version 2;.*reads version 1.*Upgrade"),
+        (section(version=3), r"schema version 3;.*reads versions 1 and 2.*Upgrade"),
         (section(version=None), "schema version None"),
         (section(surprise=1), "surprise"),
         (
@@ -262,3 +269,90 @@ def test_files_are_compared_with_their_checksums(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"model.safetensors is missing"):
         layout.check_files(tmp_path)
     _layout().check_files(tmp_path)  # written before there were checksums
+
+
+SIZE = {"out_features": 6, "in_features": 5}
+
+
+def resized(**changes: Any) -> dict[str, Any]:
+    return {"quant_method": "cur", "version": 2, "modules": {}, "resized": {"a.up_proj": SIZE}} | (
+        changes
+    )
+
+
+@given(
+    sizes=st.dictionaries(
+        st.sampled_from(["a.up_proj", "a.down_proj"]),
+        st.tuples(st.integers(1, 40), st.integers(1, 40), st.booleans()),
+    ),
+    attributes=st.dictionaries(
+        st.just("a"), st.dictionaries(st.sampled_from(["heads", "split"]), st.integers(0, 40))
+    ),
+    factored=st.booleans(),
+)
+def test_sizes_are_written_and_read_back(
+    sizes: dict[str, Any], attributes: dict[str, Any], factored: bool
+) -> None:
+    schema = Schema(
+        modules={"a.q_proj": ModuleSpec.model_validate(MODULE | {"resized": factored})},
+        resized={
+            name: DenseSize(out_features=m, in_features=n, transposed=transposed)
+            for name, (m, n, transposed) in sizes.items()
+        },
+        attributes=attributes,
+    )
+    section = json.loads(json.dumps(schema.write()))
+    assert Schema.read(section) == schema
+    own = bool(sizes or attributes or factored)
+    assert schema.has_own_sizes == own and section["version"] == (2 if own else 1)
+
+
+def test_a_section_without_sizes_is_what_it_was_before_there_were_any() -> None:
+    given = section(producer={"name": "x", "version": "0"}, files={}, compressed_tensors=None)
+    assert json.dumps(Schema.read(given).write(), sort_keys=True) == json.dumps(
+        given, sort_keys=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            resized(modules={"a.up_proj": MODULE}),
+            r"a\.up_proj is in 'modules' and in 'resized': it is factored or dense",
+        ),
+        (resized(resized={"a": SIZE | {"out_features": 0}}), r"resized\.a\.out_features"),
+        (resized(resized={"a": SIZE | {"colour": "red"}}), "colour"),
+        (resized(attributes={"a": {"heads": True}}), r"attributes\.a\.heads"),
+        (resized(attributes={"a": {"heads": 1.5}}), r"attributes\.a\.heads"),
+        (resized(attributes={"a": {"heads": -1}}), r"attributes\.a\.heads"),
+    ],
+)
+def test_sizes_that_cannot_be_read_are_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(SchemaError, match=message):
+        Schema.read(changed)
+
+
+@pytest.mark.parametrize(
+    ("transposed", "key", "shape"),
+    [
+        (False, "weight", (6, 5)),
+        (False, "weight_packed", (6, 1)),
+        (True, "weight", (5, 6)),
+    ],
+)
+def test_resized_tensors_are_compared(transposed: bool, key: str, shape: tuple[int, int]) -> None:
+    size = SIZE | {"transposed": transposed}
+    schema = Schema.read(resized(resized={"a.up_proj": size}))
+    shapes: dict[str, tuple[int, ...]] = {f"a.up_proj.{key}": shape, "a.up_proj.bias": (6,)}
+    schema.check_tensors(shapes)
+    schema.check_tensors({f"a.up_proj.{key}": shape})
+    with pytest.raises(SchemaError, match=r"a\.up_proj\.weight is missing from the checkpoint"):
+        schema.check_tensors({})
+    larger = {f"a.up_proj.{key}": (shape[0] + 1, shape[1])}
+    with pytest.raises(
+        SchemaError, match=r"a\.up_proj\.weight has shape .* gives 6 outputs of 5 inputs, so"
+    ):
+        schema.check_tensors(larger)
+    with pytest.raises(SchemaError, match=r"a\.up_proj\.bias has shape \(7,\)"):
+        schema.check_tensors(shapes | {"a.up_proj.bias": (7,)})

@@ -20,7 +20,7 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
-from cur_modifier.forms.schema import ModuleSpec, Schema, SchemaError
+from cur_modifier.forms.schema import DenseSize, ModuleSpec, Schema, SchemaError
 from cur_modifier.vllm.config import KEEP_FACTORS, CURQuantizationConfig
 
 WIDTH, HEAD, GROUP = 32, 8, 32
@@ -210,6 +210,23 @@ def compressed_tensors(schemes: dict[str, str]) -> dict[str, Any]:
     return {"config_groups": groups, "format": "pack-quantized", "ignore": []}
 
 
+def schema_of(
+    examples: dict[str, Example], section: dict[str, Any] | None = None, *, resized: bool = False
+) -> Schema:
+    """What a checkpoint of the examples says of itself."""
+    modules = {
+        f"{BLOCK}.{name}": example.spec.model_copy(update={"resized": resized})
+        for name, example in examples.items()
+        if example.spec is not None
+    }
+    dense = {}
+    for name, example in examples.items():
+        m, n = example.product.shape
+        if resized and example.spec is None:
+            dense[f"{BLOCK}.{name}"] = DenseSize(out_features=m, in_features=n)
+    return Schema(modules=modules, resized=dense, compressed_tensors=section)
+
+
 @contextmanager
 def built(
     kind: type,
@@ -218,12 +235,12 @@ def built(
     *sizes: Any,
     section: dict[str, Any] | None = None,
     keep_factors: bool = True,
+    resized: bool = False,
     **kwargs: Any,
 ) -> Iterator[Any]:
     """A vLLM Linear with the examples as parts, not loaded yet. At their size it would be served
-    dense by default."""
-    modules = {f"{BLOCK}.{n}": e.spec for n, e in examples.items() if e.spec is not None}
-    config = CURQuantizationConfig(Schema(modules=modules, compressed_tensors=section))
+    dense by default. Where they are ``resized``, ``sizes`` are what the model's config tells."""
+    config = CURQuantizationConfig(schema_of(examples, section, resized=resized))
     config.packed_modules_mapping = FUSED
     bias = any(example.bias is not None for example in examples.values())
     settings = {KEEP_FACTORS: True} if keep_factors else {}

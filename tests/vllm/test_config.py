@@ -3,10 +3,14 @@ from unittest import mock
 import torch
 from linears import BLOCK, FUSED, WIDTH, Example, refused, sharing
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.models.utils import WeightsMapper
 
-from cur_modifier.forms.schema import ModuleSpec, Schema
+from cur_modifier.forms.schema import DenseSize, ModuleSpec, Schema
 from cur_modifier.vllm.config import KEEP_FACTORS, CURQuantizationConfig
 
 
@@ -47,3 +51,39 @@ def test_factored_experts_are_refused() -> None:
     config = CURQuantizationConfig(Schema(modules={f"{BLOCK}.experts.0.up_proj": spec}))
     with refused("experts.0.up_proj is factored, but vLLM runs it inside"):
         config.get_quant_method(torch.nn.Module(), f"{BLOCK}.experts")
+
+
+def config_of_resized(name: str) -> CURQuantizationConfig:
+    size = DenseSize(out_features=8, in_features=8)
+    return CURQuantizationConfig(Schema(modules={}, resized={f"{BLOCK}.{name}": size}))
+
+
+def test_resized_modules_have_the_names_that_vllm_gives() -> None:
+    config = config_of_resized("up_proj")
+    mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
+    with mock.patch.object(CURQuantizationConfig, "_check_tensor_parallel"):
+        config.apply_vllm_mapper(mapper)
+    assert config.resized.keys() == {f"language_model.{BLOCK}.up_proj"}
+
+
+def test_a_resized_module_without_a_linear_is_named() -> None:
+    config = config_of_resized("up_proj")
+    with refused(f"config.json says that {BLOCK}.up_proj is resized, but the model that vLLM"):
+        config.check_claimed()
+    config.packed_modules_mapping = {}
+    ReplicatedLinear(16, 16, bias=False, quant_config=config, prefix=f"{BLOCK}.up_proj")
+    config.check_claimed()
+
+
+def test_resized_experts_are_refused() -> None:
+    config = config_of_resized("experts.0.up_proj")
+    with refused("experts.0.up_proj is resized, but vLLM runs it inside"):
+        config.get_quant_method(torch.nn.Module(), f"{BLOCK}.experts")
+
+
+def test_other_linears_are_as_ever() -> None:
+    config = config_of_resized("up_proj")
+    config.packed_modules_mapping = FUSED
+    layer = ReplicatedLinear(16, 12, bias=False, quant_config=config, prefix=f"{BLOCK}.o_proj")
+    assert isinstance(layer.quant_method, UnquantizedLinearMethod)
+    assert tuple(layer.weight.shape) == (12, 16)
