@@ -19,7 +19,7 @@ from cur_modifier.forms.base import factored_layers
 from cur_modifier.forms.resize import is_matrix, size_of
 from cur_modifier.forms.schema import DenseSize
 
-__all__ = ["Differences", "differences", "mark_resized"]
+__all__ = ["Differences", "differences", "mark_resized", "resized_fields"]
 
 _MARK = "_cur_resized"
 
@@ -40,15 +40,24 @@ class Differences:
     integers: Mapping[str, dict[str, int]] = field(default_factory=dict)
 
 
-def mark_resized(model: nn.Module) -> None:
+def mark_resized(model: nn.Module, fields: Mapping[str, int] | None = None) -> None:
     """Note that a stage resized Linears of ``model``. Harmless when repeated.
 
     Call it with :func:`~cur_modifier.checkpoint.save.wrap_save_pretrained`, in any order. What
     was resized need not be said: ``save_pretrained`` finds it. Each module must agree with its
     weight (``in_features``, ``out_features``; ``nx``, ``nf`` of a Conv1D), and a config that can
     tell the new sizes must tell them.
+
+    Args:
+        fields: of the text config, with their new values. llm-compressor saves the config of the
+            checkpoint that the model came from, so what was changed since is put there again.
     """
-    setattr(model, _MARK, True)
+    setattr(model, _MARK, resized_fields(model) | dict(fields or {}))
+
+
+def resized_fields(model: nn.Module) -> dict[str, int]:
+    """Fields of the text config that stages changed, with their values."""
+    return dict(getattr(model, _MARK, None) or {})
 
 
 def differences(model: nn.Module) -> Differences:
@@ -59,7 +68,7 @@ def differences(model: nn.Module) -> Differences:
     Raises:
         ValueError: a difference that no checkpoint can record; it names the tensor.
     """
-    if not getattr(model, _MARK, False):
+    if getattr(model, _MARK, None) is None:
         return Differences()
     built = _built(model)
     expected = dict(built.named_modules())

@@ -26,7 +26,7 @@ from torch import nn
 
 from cur_modifier.checkpoint.files import put_text
 from cur_modifier.checkpoint.remote_code import FOLDER, ship
-from cur_modifier.checkpoint.resized import differences
+from cur_modifier.checkpoint.resized import differences, resized_fields
 from cur_modifier.forms.base import factored_layers
 from cur_modifier.forms.schema import QUANT_METHOD, ModuleSpec, Producer, Schema, checksum
 
@@ -77,14 +77,27 @@ def schema_of(model: nn.Module) -> Schema:
     )
 
 
-def annotate(directory: Path, schema: Schema, model_class: type) -> None:
+def annotate(
+    directory: Path,
+    schema: Schema,
+    model_class: type,
+    fields: Mapping[str, int] | None = None,
+) -> None:
     """Describe the model in ``directory/config.json`` and ship the code that reads it.
 
     A compressed-tensors section moves inside ours, untouched. Where nothing is factored or resized,
     it stays where it is, and nothing of ours does.
+
+    Args:
+        fields: of the text config, with their values.
     """
     path = directory / "config.json"
     config = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    changed = {name: value for name, value in (fields or {}).items() if text.get(name) != value}
+    if changed:
+        text.update(changed)
+        put_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     section = config.get("quantization_config") or {}
     inner = (
         section.get("compressed_tensors")
@@ -158,7 +171,7 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
             with _without_own_code(model):
                 inner(str(partial), **kwargs)
             if source:
-                annotate(partial, schema, _plain_class(model))
+                annotate(partial, schema, _plain_class(model), resized_fields(model))
                 for name, text in _numbered(brought).items():
                     (partial / name).write_text(text)
         except BaseException:

@@ -9,6 +9,7 @@ from typing import Any
 from llmcompressor.core import State
 from pydantic import PrivateAttr
 
+from cur_modifier.checkpoint.resized import mark_resized
 from cur_modifier.checkpoint.save import wrap_save_pretrained
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.prune.engine import remove_units
@@ -89,6 +90,7 @@ class IDPruningModifier(PruneSettings):
             plan = make_plan(draft, model, batches)
             remove_units(model, plan, batches, journal)
             put_counts(model, plan)
+            mark_resized(model, plan.fields)
             wrap_save_pretrained(model, journal.files)
         journal.complete = True
         self._plan = draft  # without what the loss thinks of every module
