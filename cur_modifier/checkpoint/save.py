@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from cur_modifier.checkpoint.files import put_text
-from cur_modifier.checkpoint.remote_code import FOLDER, ship
+from cur_modifier.checkpoint.remote_code import FOLDER, auto_classes, ship
 from cur_modifier.checkpoint.resized import differences
 from cur_modifier.forms.base import factored_layers
 from cur_modifier.forms.schema import QUANT_METHOD, ModuleSpec, Producer, Schema, checksum
@@ -101,7 +101,7 @@ def annotate(directory: Path, schema: Schema, model_class: type) -> None:
     if _is_of_transformers(model_class):
         forms = {module.form for module in schema.modules.values()}
         reference = ship(directory, model_class, forms)
-        config["auto_map"] = {"AutoModelForCausalLM": reference}
+        config["auto_map"] = dict.fromkeys(auto_classes(model_class), reference)
     put_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
