@@ -118,8 +118,8 @@ def _make_ordinary(path: Path, config: dict[str, Any], inner: dict[str, Any] | N
 def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = None) -> None:
     """Make ``model.save_pretrained`` write a factored checkpoint, all of it or nothing.
 
-    Sizes that the model's config does not tell are part of it where a stage has called
-    :func:`~cur_modifier.checkpoint.resized.mark_resized`.
+    Where a stage has called :func:`~cur_modifier.checkpoint.resized.mark_resized`, it also records
+    the sizes that the model's config does not give.
 
     The files are written to a hidden sibling directory, which takes the place of ``save_directory``
     when complete. A mount point can't be replaced: there they are written to a hidden directory
