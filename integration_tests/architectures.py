@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -74,9 +76,22 @@ ARCHITECTURES: dict[str, Any] = {
     ),
 }
 
-# More of the same for tensor parallelism: six heads, for two and three ranks.
+# More of the same: one whose weights are stored transposed, which can't be factored; and for tensor
+# parallelism six heads, for two and three ranks.
 SHAPES: dict[str, Any] = {
     **ARCHITECTURES,
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=1152,
+            n_embd=128,
+            n_inner=256,
+            n_layer=3,
+            n_head=4,
+            n_positions=512,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
     "llama_six_kv_heads": lambda: LlamaForCausalLM(
         LlamaConfig(
             **COMMON

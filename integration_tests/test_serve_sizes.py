@@ -12,8 +12,10 @@ import torch
 from architectures import build
 from llmcompressor import oneshot
 from served import Answers, EngineError, by_engine, by_transformers, result, served, side_by_side
+from support import asked_for, thorough
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from cur_modifier.checkpoint.resized import mark_resized
 from cur_modifier.checkpoint.save import wrap_save_pretrained
@@ -37,10 +39,23 @@ quantize_stage:
 """
 
 
-def keep(linear: nn.Linear, *, outputs: int | None = None, inputs: int | None = None) -> None:
+# Layers, producers and consumer of neurons, by architecture.
+NEURONS: dict[str, tuple[str, list[str], str]] = {
+    "llama": ("model.layers", ["mlp.gate_proj", "mlp.up_proj"], "mlp.down_proj"),
+    "opt": ("model.decoder.layers", ["fc1"], "fc2"),
+    "gpt2": ("transformer.h", ["mlp.c_fc"], "mlp.c_proj"),
+}
+
+
+def keep(linear: Any, *, outputs: int | None = None, inputs: int | None = None) -> None:
     """Leave the first outputs or inputs of a Linear."""
-    weight, bias = linear.weight.detach()[:outputs, :inputs], linear.bias
-    linear.out_features, linear.in_features = weight.shape
+    weight, bias = linear.weight.detach(), linear.bias
+    if isinstance(linear, Conv1D):
+        weight = weight[:inputs, :outputs]
+        linear.nx, linear.nf = weight.shape
+    else:
+        weight = weight[:outputs, :inputs]
+        linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight.clone())
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach()[:outputs].clone())
@@ -48,13 +63,11 @@ def keep(linear: nn.Linear, *, outputs: int | None = None, inputs: int | None = 
 
 def remove_neurons(model: Any) -> None:
     """Leave the first neurons of each layer, another number in each."""
-    decoder = model.model
-    for layer, left in zip(getattr(decoder, "decoder", decoder).layers, LEFT, strict=True):
-        opt = hasattr(layer, "fc1")
-        producers = [layer.fc1] if opt else [layer.mlp.gate_proj, layer.mlp.up_proj]
+    layers, producers, consumer = NEURONS[model.config.model_type]
+    for layer, left in zip(model.get_submodule(layers), LEFT, strict=True):
         for producer in producers:
-            keep(producer, outputs=left)
-        keep(layer.fc2 if opt else layer.mlp.down_proj, inputs=left)
+            keep(layer.get_submodule(producer), outputs=left)
+        keep(layer.get_submodule(consumer), inputs=left)
 
 
 def remove_heads(model: Any) -> None:
@@ -85,11 +98,12 @@ CASES: dict[str, tuple[str, list[Any], list[str]]] = {
     "two ranks": ("llama", [remove_neurons, factor], ["--tensor-parallel-size", "2"]),
     "Llama, some factored": ("llama", [remove_neurons, factor], []),
     "OPT": ("opt", [remove_neurons], []),
+    "GPT-2": ("gpt2", [remove_neurons], []),
     "four bits": ("llama", [remove_neurons, quantize], []),
     "heads": ("llama", [remove_heads], []),
 }
 BY_SERVER = ["Llama", "two ranks"]
-BY_ENGINE = ["Llama, some factored", "OPT", "four bits", "heads"]
+BY_ENGINE = ["Llama, some factored", "OPT", "GPT-2", "four bits", "heads"]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +127,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def answers(
-    checkpoints: dict[str, Path], smollm2: Path, random_prompt: list[int]
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    smollm2: Path,
+    random_prompt: list[int],
 ) -> dict[str, Any]:
     """What each is served with, or why it is not."""
     jobs: dict[str, Any] = {
@@ -128,6 +145,7 @@ def answers(
             *CASES[case][2],
         )
         for case in BY_SERVER
+        if case in asked_for(request, "case")
     }
     return side_by_side(jobs)
 
@@ -145,7 +163,7 @@ def engine_answers(
     }
 
 
-@pytest.mark.parametrize("case", BY_SERVER)
+@pytest.mark.parametrize("case", [BY_SERVER[0], *thorough(*BY_SERVER[1:])])
 def test_a_server_computes_what_transformers_does(
     case: str, answers: dict[str, Any], checkpoints: dict[str, Path], random_prompt: list[int]
 ) -> None:
@@ -156,7 +174,7 @@ def test_a_server_computes_what_transformers_does(
     assert exact.greedy == found.greedy
 
 
-@pytest.mark.parametrize("case", ["Llama, some factored", "OPT"])
+@pytest.mark.parametrize("case", ["Llama, some factored", "OPT", "GPT-2"])
 def test_the_engine_computes_what_transformers_does(
     case: str,
     engine_answers: dict[str, Any],
@@ -176,6 +194,8 @@ def test_four_bits(
     found = result(engine_answers, "four bits")
     path = checkpoints["four bits"]
     exact = by_transformers(path, random_prompt, STEPS)
+    AutoModelForCausalLM.from_pretrained(path).save_pretrained(path.with_suffix(".again"))
+    assert by_transformers(path.with_suffix(".again"), random_prompt, STEPS).distance(exact) == 0
     rounded = by_transformers(path, random_prompt, STEPS, torch.bfloat16)
     assert exact.deviation(found) < 1.5 * exact.deviation(rounded)
 

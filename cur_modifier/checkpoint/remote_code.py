@@ -14,7 +14,7 @@ from pathlib import Path
 import cur_modifier.forms
 from cur_modifier.forms.sizes import FORMS
 
-__all__ = ["FOLDER", "ship"]
+__all__ = ["FOLDER", "auto_classes", "ship"]
 
 FOLDER = "cur_code"
 _MODELING = '''"""Loads this factored checkpoint where cur_modifier is not installed."""
@@ -54,6 +54,23 @@ def ship(directory: Path, model_class: type, forms: Iterable[str]) -> str:
         _MODELING.format(module=model_class.__module__, name=model_class.__name__, forms=imports)
     )
     return f"{FOLDER}/modeling_cur.{model_class.__name__}"
+
+
+def auto_classes(model_class: type) -> list[str]:
+    """Names of the auto classes by which transformers builds a model of that class.
+
+    A causal language model has one. Others, as encoders with a head, can have several.
+    """
+    from transformers.models.auto import modeling_auto
+
+    causal = "AutoModelForCausalLM"
+    found = [
+        name
+        for name, auto in vars(modeling_auto).items()
+        if name.startswith("AutoModel")
+        and model_class.__name__ in auto._model_mapping._model_mapping.values()
+    ]
+    return [causal] if causal in found or not found else found
 
 
 def _needed(folder: Path, names: Iterable[str]) -> list[str]:

@@ -1,8 +1,7 @@
-"""Which sizes of a model its config does not tell, because a stage removed neurons or heads.
+"""Sizes of a model that its config does not give, because a stage removed neurons or heads.
 
-A stage that resizes Linears calls :func:`mark_resized`. What is then saved is compared with the
-model that the config alone builds. Where the config tells all sizes, a checkpoint needs nothing of
-ours for them.
+A stage that resizes Linears calls :func:`mark_resized`. Saving then compares the model with the one
+that the config alone builds. Where both have the same sizes, the checkpoint needs no entry of ours.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ class Differences:
 def mark_resized(model: nn.Module, fields: Mapping[str, int] | None = None) -> None:
     """Note that a stage resized Linears of ``model``. Harmless when repeated.
 
-    Call it with :func:`~cur_modifier.checkpoint.save.wrap_save_pretrained`, in any order. What
-    was resized need not be said: ``save_pretrained`` finds it. Each module must agree with its
-    weight (``in_features``, ``out_features``; ``nx``, ``nf`` of a Conv1D), and a config that can
-    tell the new sizes must tell them.
+    A stage also calls :func:`~cur_modifier.checkpoint.save.wrap_save_pretrained`, before or after.
+    ``save_pretrained`` finds what was resized by itself, on two conditions: each module's
+    ``in_features`` and ``out_features`` (``nx`` and ``nf`` of a Conv1D) are those of its weight,
+    and the config has the new sizes where its fields can express them.
 
     Args:
         fields: of the text config, with their new values. llm-compressor saves the config of the
@@ -117,9 +116,9 @@ def _check_parameters(
             continue
         if shape is not None and tuple(parameter.shape) != shape:
             raise ValueError(
-                f"{name} has shape {tuple(parameter.shape)}, where the model's config and its "
-                f"modules tell {shape}. A checkpoint can record other sizes of Linears only, as "
-                "their modules' in_features and out_features tell them. Set those, or the config."
+                f"{name} has shape {tuple(parameter.shape)}, but its module and the model's config "
+                f"give {shape}. A checkpoint can record other sizes of Linears only, and takes "
+                "them from in_features and out_features. Set those, or change the config."
             )
     for name in dense:
         found, wanted = (m.get_submodule(name).bias is not None for m in (model, built))

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from cur_modifier.checkpoint.files import put_text
-from cur_modifier.checkpoint.remote_code import FOLDER, ship
+from cur_modifier.checkpoint.remote_code import FOLDER, auto_classes, ship
 from cur_modifier.checkpoint.resized import differences, resized_fields
 from cur_modifier.forms.base import factored_layers
 from cur_modifier.forms.schema import QUANT_METHOD, ModuleSpec, Producer, Schema, checksum
@@ -114,7 +114,7 @@ def annotate(
     if _is_of_transformers(model_class):
         forms = {module.form for module in schema.modules.values()}
         reference = ship(directory, model_class, forms)
-        config["auto_map"] = {"AutoModelForCausalLM": reference}
+        config["auto_map"] = dict.fromkeys(auto_classes(model_class), reference)
     put_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -131,8 +131,8 @@ def _make_ordinary(path: Path, config: dict[str, Any], inner: dict[str, Any] | N
 def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = None) -> None:
     """Make ``model.save_pretrained`` write a factored checkpoint, all of it or nothing.
 
-    Sizes that the model's config does not tell are part of it where a stage has called
-    :func:`~cur_modifier.checkpoint.resized.mark_resized`.
+    Where a stage has called :func:`~cur_modifier.checkpoint.resized.mark_resized`, it also records
+    the sizes that the model's config does not give.
 
     The files are written to a hidden sibling directory, which takes the place of ``save_directory``
     when complete. A mount point can't be replaced: there they are written to a hidden directory

@@ -1,8 +1,8 @@
-"""The quantization method ``cur`` of vLLM: which Linears are factored, which have other sizes than
-the model's config tells, and who runs the others.
+"""The quantization method ``cur`` of vLLM: which Linears are factored, which are resized, and who
+runs the others.
 
 Nothing of vLLM is patched. Modules that are not factored go where compressed-tensors sends them, or
-to vLLM's unquantized method; resized ones, too, once their Linear has its true sizes.
+to vLLM's unquantized method. So do resized ones, after their Linear got its true sizes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CURQuantizationConfig(QuantizationConfig):
 
     Attributes:
         modules: the factored Linears by the name that vLLM gives them.
-        resized: the dense Linears of other sizes than config.json's own fields tell, likewise.
+        resized: the dense Linears of other sizes than config.json's own fields give, likewise.
         inner: how the factors and the other layers are quantized; None where nothing is.
     """
 
@@ -197,7 +197,7 @@ class CURQuantizationConfig(QuantizationConfig):
         return "factored" if name in self.modules else "resized"
 
     def _own_size(self, name: str) -> tuple[int, int] | None:
-        """``(out_features, in_features)``; None for what is as config.json's own fields tell."""
+        """``(out_features, in_features)``; None where config.json's own fields give them."""
         entry = self._own.get(name)
         if entry is None or (isinstance(entry, ModuleSpec) and not entry.resized):
             return None

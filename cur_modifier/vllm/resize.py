@@ -1,8 +1,8 @@
-"""Linears of vLLM whose sizes ``config.json``'s own fields do not tell.
+"""Linears of vLLM whose sizes are not those of ``config.json``'s own fields.
 
-A Linear of vLLM sets its sizes before it asks for its method, and reads them again to make its
-parameters. In between, :func:`resize` corrects them. vLLM's own methods, loaders and kernels then
-work with the true sizes, and those of factored parts do too.
+The constructor of a Linear sets its sizes, chooses its quantization method, and makes parameters of
+those sizes. :func:`resize` runs in the second step and corrects them. From then on vLLM's own
+methods, loaders and kernels work with the true sizes, and so does our method for factored parts.
 """
 
 from __future__ import annotations
@@ -94,14 +94,13 @@ def _outputs(
             for out, size in zip(built, sizes.values(), strict=True)
         ]
     else:  # the checkpoint has fused them already
-        [(name, size)] = sizes.items()
-        assert size is not None
-        outputs = [size[0] // len(built)] * len(built)
-        if not alike or sum(outputs) != size[0]:
+        total = sum(size[0] for size in sizes.values() if size is not None)
+        outputs = [total // len(built)] * len(built)
+        if len(sizes) > 1 or not alike or sum(outputs) != total:
             raise SchemaError(
-                f"{name} has {size[0]} outputs; vLLM splits them into {len(built)} parts that "
-                f"config.json builds with {built}, and this plugin can't tell how large each is. "
-                "Compress the model again without it."
+                f"{' and '.join(sizes)} have {total} outputs. vLLM runs them as {len(built)} parts "
+                f"of {built} outputs by config.json, and this plugin does not know how many each "
+                "part has now. Compress the model again without them."
             )
     if alike and len(set(outputs)) > 1:  # vLLM's model splits them in equal parts
         raise SchemaError(

@@ -9,9 +9,15 @@ from itertools import chain, combinations
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM
+from torch import nn
+from transformers import (
+    BertForMaskedLM,
+    BertModel,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 
-from cur_modifier.checkpoint.remote_code import FOLDER, ship
+from cur_modifier.checkpoint.remote_code import FOLDER, auto_classes, ship
 from cur_modifier.forms.sizes import FORMS
 
 SUBSETS = list(chain.from_iterable(combinations(FORMS, k) for k in range(len(FORMS) + 1)))
@@ -62,3 +68,17 @@ def test_a_second_save_writes_over_the_first(tmp_path: Path) -> None:
     (tmp_path / FOLDER / "base.py").write_text("broken")
     ship(tmp_path, LlamaForCausalLM, ["id"])
     assert (tmp_path / FOLDER / "base.py").read_text() != "broken"
+
+
+@pytest.mark.parametrize(
+    ("model_class", "expected"),
+    [
+        (LlamaForCausalLM, ["AutoModelForCausalLM"]),
+        (GPT2LMHeadModel, ["AutoModelForCausalLM"]),  # which is listed for pretraining, too
+        (BertForMaskedLM, ["AutoModelForMaskedLM"]),
+        (nn.Linear, ["AutoModelForCausalLM"]),
+    ],
+)
+def test_models_are_found_by_their_auto_class(model_class: type, expected: list[str]) -> None:
+    assert auto_classes(model_class) == expected
+    assert "AutoModel" in auto_classes(BertModel)

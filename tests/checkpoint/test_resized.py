@@ -204,8 +204,14 @@ def test_a_continuation_with_a_cache_is_the_same(tmp_path: Path) -> None:
     assert torch.equal(loaded.generate(ids, **settings), model.generate(ids, **settings))
 
 
-def test_loaded_and_saved_with_the_code_that_is_shipped(tmp_path: Path) -> None:
-    model = resized()
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [(LLAMA, "AutoModelForCausalLM"), ("BertForMaskedLM", "AutoModelForMaskedLM")],
+)
+def test_loaded_and_saved_with_the_code_that_is_shipped(
+    name: str, auto: str, tmp_path: Path
+) -> None:
+    model = resized(name)
     model.save_pretrained(tmp_path / "saved")
     code = """
 import sys
@@ -215,8 +221,8 @@ else:
     import cur_modifier
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(
+import transformers
+model = getattr(transformers, sys.argv[4]).from_pretrained(
     sys.argv[1], dtype=torch.float32, trust_remote_code=True
 )
 assert type(model).__module__.startswith("transformers_modules"), type(model)
@@ -230,7 +236,7 @@ except ValueError:
     for plugin in ("with", "without"):
         found = tmp_path / plugin
         result = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "saved"), str(found), plugin],
+            [sys.executable, "-c", code, str(tmp_path / "saved"), str(found), plugin, auto],
             capture_output=True,
             text=True,
             env={

@@ -239,7 +239,7 @@ def built(
     **kwargs: Any,
 ) -> Iterator[Any]:
     """A vLLM Linear with the examples as parts, not loaded yet. At their size it would be served
-    dense by default. Where they are ``resized``, ``sizes`` are what the model's config tells."""
+    dense by default. Where they are ``resized``, ``sizes`` are those of the model's config."""
     config = CURQuantizationConfig(schema_of(examples, section, resized=resized))
     config.packed_modules_mapping = FUSED
     bias = any(example.bias is not None for example in examples.values())

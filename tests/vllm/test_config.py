@@ -3,6 +3,7 @@ from unittest import mock
 import torch
 from linears import BLOCK, FUSED, WIDTH, Example, refused, sharing
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
@@ -79,6 +80,14 @@ def test_resized_experts_are_refused() -> None:
     config = config_of_resized("experts.0.up_proj")
     with refused("experts.0.up_proj is resized, but vLLM runs it inside"):
         config.get_quant_method(torch.nn.Module(), f"{BLOCK}.experts")
+
+
+def test_heads_are_refused_where_their_attention_is() -> None:
+    config = config_of_resized("o_proj")
+    attention = Attention.__new__(Attention)  # its constructor needs the config of a whole model
+    with refused(f"{BLOCK}.o_proj: its heads are not those of config.json"):
+        config.get_quant_method(attention, f"{BLOCK}.attn")
+    assert config.get_quant_method(attention, "model.layers.0.other.attn") is None
 
 
 def test_other_linears_are_as_ever() -> None:

@@ -212,9 +212,7 @@ def test_a_part_that_reads_something_else_is_refused() -> None:
 
 
 def test_fused_parts_of_unknown_sizes_are_refused() -> None:
-    message = (
-        "fc has 24 outputs; vLLM splits them into 2 parts that config.json builds with [40, 8]"
-    )
+    message = "fc have 24 outputs. vLLM runs them as 2 parts of [40, 8] outputs by config.json"
     examples = {"fc": Example("dense", LEFT, 1)}
     layers = built(MergedColumnParallelLinear, "fc", examples, *(WIDTH, [40, 8]), resized=True)
     with refused(message), layers:
