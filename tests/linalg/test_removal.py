@@ -36,7 +36,7 @@ OF_SINGLES = [kind for kind in Selection if kind not in OF_BLOCKS]
 
 @st.composite
 def problems(draw, width=None):
-    """A consumer of units whose features lie anywhere, among some of no unit; ``H`` in each form."""
+    """A consumer of units whose features lie anywhere among some of no unit; each form of ``H``."""
     generator = seeded(seed := draw(SEEDS))
     width = width or draw(st.sampled_from([1, 2, 4]))
     units, others, m = draw(st.integers(2, 6)), draw(st.integers(0, 3)), draw(st.integers(1, 8))

@@ -12,7 +12,7 @@ from .test_greedy import left_over, problems
 
 
 def missed(gram: torch.Tensor, metric: torch.Tensor, gone: torch.Tensor) -> float:
-    """``min_X E‖H^{1/2} W (h − X h_J)‖²`` without the features ``gone``, by the normal equations."""
+    """``min_X E‖H^{1/2} W (h − X h_J)‖²`` without the features ``gone``: normal equations."""
     J = torch.ones(len(gram), dtype=torch.bool)
     J[gone.flatten()] = False
     if not bool(J.any()):
