@@ -104,6 +104,7 @@ def solve(problem: RemovalProblem) -> Removal:
     """
     W, G = problem.W, problem.gram.double()
     require_matrix(W, "the consumer's weight")
+    require_matrix(G, "the Gram matrix")
     require_gram(G, W.shape[1])
     if not 1 <= problem.count <= len(problem.units):
         raise ValueError(

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 pytest.importorskip("llmcompressor")
 
-from cur_modifier.structure.operators import as_matrix
+from cur_modifier.structure.operators import as_matrix, smaller
 
 
 @pytest.mark.parametrize("module", [nn.Linear(5, 3), Conv1D(3, 5)])
@@ -40,3 +40,71 @@ def test_it_is_a_view() -> None:
 @pytest.mark.parametrize("module", [nn.Conv2d(4, 4, 2, groups=2), nn.LayerNorm(4), nn.ReLU()])
 def test_others_are_none(module: nn.Module) -> None:
     assert as_matrix(module) is None
+
+
+KINDS = {
+    "Linear": lambda: nn.Linear(5, 3),
+    "Linear without bias": lambda: nn.Linear(5, 3, bias=False),
+    "Conv1D": lambda: Conv1D(3, 5),
+}
+
+
+def shrunk_to(module: nn.Module, m: int, n: int) -> nn.Module:
+    """A smaller one with the first rows and columns of the old one's matrix."""
+    matrix = as_matrix(module)
+    assert matrix is not None
+    bias = module.bias
+    return smaller(module, matrix[:m, :n], None if bias is None else bias[:m])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n"), [(2, 5), (3, 4), (1, 1), (3, 5)])
+def test_a_smaller_module_multiplies_by_the_smaller_matrix(kind: str, m: int, n: int) -> None:
+    module = KINDS[kind]()
+    if module.bias is not None:
+        nn.init.normal_(module.bias)
+    made = shrunk_to(module, m, n)
+    assert type(made) is type(module)
+    assert (made.bias is None) is (module.bias is None)
+    x = torch.randn(2, 5)
+    x[:, n:] = 0
+    torch.testing.assert_close(made(x[:, :n]), module(x)[:, :m])
+    sizes = (
+        (made.nf, made.nx) if isinstance(made, Conv1D) else (made.out_features, made.in_features)
+    )
+    assert sizes == (m, n)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_smaller_module_is_as_the_old_one_else(
+    kind: str, dtype: torch.dtype, trained: bool
+) -> None:
+    module = KINDS[kind]().to(dtype).train(trained).requires_grad_(trained)
+    matrix = as_matrix(module)
+    assert matrix is not None
+    bias = None if module.bias is None else module.bias[:2].double()
+    made = smaller(module, matrix[:2].double(), bias)
+    assert made.training is trained
+    for parameter in made.parameters():
+        assert parameter.dtype == dtype and parameter.requires_grad is trained
+        assert parameter.is_contiguous() and parameter.is_leaf
+    assert len(list(made.parameters())) == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_smaller_module_shares_nothing_with_the_old_one(kind: str) -> None:
+    module = KINDS[kind]()
+    made = shrunk_to(module, 3, 5)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+
+
+def test_a_linear_can_get_a_bias() -> None:
+    module = nn.Linear(5, 3, bias=False)
+    made = smaller(module, module.weight, torch.arange(3.0))
+    torch.testing.assert_close(made(torch.zeros(1, 5)), torch.arange(3.0)[None])

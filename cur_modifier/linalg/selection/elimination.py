@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from cur_modifier.linalg.checks import require_finite, require_gram, require_rank
+from cur_modifier.linalg.checks import (
+    require_finite,
+    require_gram,
+    require_matrix,
+    require_rank,
+)
 
 __all__ = ["Elimination", "eliminate", "elimination"]
 
@@ -54,6 +59,7 @@ def eliminate(
         ValueError: a shape does not fit, an entry is not finite, ``gram`` is singular, or ``steps``
             is out of range.
     """
+    require_matrix(gram, "the Gram matrix")
     n = gram.shape[0]
     require_gram(gram, n)
     require_finite(metric, "the metric of the units")

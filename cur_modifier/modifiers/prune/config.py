@@ -10,6 +10,7 @@ __all__ = ["BudgetConfig", "Measure"]
 
 Measure = Literal["ratio", "parameters", "macs"]
 _MEASURES: tuple[Measure, ...] = ("ratio", "parameters", "macs")
+_TOKENS = 128
 
 
 class BudgetConfig(BaseModel):
@@ -34,7 +35,7 @@ class BudgetConfig(BaseModel):
     ratio: float | None = None
     parameters: float | None = None
     macs: float | None = None
-    sequence_length: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=_TOKENS, ge=1)
     by: Literal["sensitivity", "uniform"] = "sensitivity"
     least: float = Field(default=0.3, ge=0, lt=1)
 
@@ -55,7 +56,7 @@ class BudgetConfig(BaseModel):
                 f"budget has {given or 'nothing'} set; give exactly one of "
                 f"{', '.join(_MEASURES)}, e.g. `budget: {{ratio: 0.8}}`."
             )
-        if "sequence_length" in self.model_fields_set and self.macs is None:
+        if self.sequence_length != _TOKENS and self.macs is None:  # a dump gives the default
             raise ValueError(
                 f"sequence_length {self.sequence_length} has no meaning with {given[0]}: only "
                 "multiply-accumulates depend on it. Leave it out, or give `macs`."

@@ -15,6 +15,7 @@ from cur_modifier.structure.removal import Kind
 __all__ = ["PruneSettings"]
 
 _OF_BLOCKS = (Selection.ELIMINATION, Selection.NORM, Selection.LEVERAGE, Selection.RANDOM)
+_ANCHOR = 0.25
 
 
 class PruneSettings(Modifier):
@@ -29,7 +30,7 @@ class PruneSettings(Modifier):
     corrected: bool = True
     max_entry: float | None = Field(default=None, gt=1, allow_inf_nan=False)
     fit: Literal["loss", "gram"] = "loss"
-    anchor: float | None = Field(default=0.25, ge=0, le=1)
+    anchor: float | None = Field(default=_ANCHOR, ge=0, le=1)
     refine: RefineConfig | None = None
     sensitivity: SensitivityConfig = Field(default_factory=SensitivityConfig)
     multiple_of: int = Field(default=64, ge=1)
@@ -56,7 +57,7 @@ class PruneSettings(Modifier):
                 f"max_entry {self.max_entry} bounds the interpolation of single features by "
                 "exchange, and a head has several. Leave it out, or `units: [neurons]`."
             )
-        if not self.corrected and self.anchor is not None and "anchor" in self.model_fields_set:
+        if not self.corrected and self.anchor not in (None, _ANCHOR):  # a dump gives the default
             raise ValueError(
                 f"anchor {self.anchor} is the dense model's share in what the consumers are fitted "
                 "to, and `corrected: false` fits none. Leave one of them out."

@@ -1,0 +1,94 @@
+"""What a recipe's fields say together, and which of them contradict each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llmcompressor")
+
+from pydantic import ValidationError
+
+from cur_modifier.linalg import Selection
+from cur_modifier.modifiers.prune.modifier import IDPruningModifier
+
+OF_BLOCKS = ("elimination", "norm", "leverage", "random")
+
+
+def test_defaults_remove_neurons_alike_in_all_layers() -> None:
+    settings = IDPruningModifier()
+    assert settings.units == ["neurons"] and settings.shapes == "uniform"
+    assert (settings.budget.measure, settings.budget.share) == ("ratio", 0.8)
+    assert settings.selection is Selection.ELIMINATION and settings.corrected
+    assert settings.needs_gradients
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"units": []}, "at least 1 item"),
+        ({"units": ["channels"]}, "'neurons' or 'heads'"),
+        ({"units": ["heads", "heads"]}, r"units \['heads', 'heads'\] names a kind twice; name"),
+        ({"targets": []}, "at least 1 item"),
+        ({"budget": {}}, "budget has nothing set"),
+        ({"shapes": "alike"}, "'uniform' or 'free'"),
+        ({"selection": "svd"}, "selection"),
+        ({"max_entry": 1}, "greater than 1"),
+        ({"max_entry": float("inf")}, "finite"),
+        ({"fit": "diag"}, "'loss' or 'gram'"),
+        ({"anchor": 1.5}, "less than or equal to 1"),
+        ({"multiple_of": 0}, "greater than or equal to 1"),
+        (
+            {"units": ["heads"], "max_entry": 2},
+            r"max_entry 2\.0 bounds the interpolation of single features.*Leave it out",
+        ),
+        (
+            {"corrected": False, "anchor": 0.5},
+            r"anchor 0\.5 is the dense model's share.*`corrected: false` fits none\. Leave one",
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        IDPruningModifier(**fields)
+
+
+@pytest.mark.parametrize("kind", Selection)
+def test_heads_take_the_selections_of_several_features(kind: Selection) -> None:
+    IDPruningModifier(units=["neurons"], selection=kind)
+    if kind in OF_BLOCKS:
+        IDPruningModifier(units=["neurons", "heads"], selection=kind)
+        return
+    with pytest.raises(ValidationError, match=rf"selection '{kind}' chooses single features") as e:
+        IDPruningModifier(units=["neurons", "heads"], selection=kind)
+    assert ", ".join(OF_BLOCKS) in str(e.value) and "`units: [neurons]`" in str(e.value)
+
+
+def test_without_correction_nothing_is_anchored_by_default() -> None:
+    IDPruningModifier(corrected=False)
+    IDPruningModifier(corrected=False, anchor=None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "gradients"),
+    [
+        ({}, False),
+        ({"fit": "loss"}, True),
+        ({"budget": {"ratio": 0.5}}, True),  # by sensitivity
+        ({"refine": {}}, True),
+    ],
+)
+def test_gradients_are_measured_where_they_decide(fields: dict[str, Any], gradients: bool) -> None:
+    plain: dict[str, Any] = {"fit": "gram", "budget": {"ratio": 0.5, "by": "uniform"}}
+    assert IDPruningModifier(**plain | fields).needs_gradients is gradients
+
+
+def test_a_dump_holds_plain_values_and_is_taken_again() -> None:
+    """llm-compressor writes all fields beside the checkpoint, those by default too."""
+    for fields in ({}, {"selection": "norm", "refine": {}}, {"corrected": False}):
+        dumped = IDPruningModifier(**fields).model_dump()
+        assert type(dumped["selection"]) is str
+        assert IDPruningModifier(**dumped).model_dump() == dumped
