@@ -34,11 +34,12 @@ def drawn_loss(
     """
     given = getattr(outputs, "loss", None)
     if given is not None:  # a mean over samples
-        return given * len(inputs["input_ids"])
+        total: torch.Tensor = given * len(inputs["input_ids"])
+        return total
     mask = inputs.get("attention_mask")
-    ends = [getattr(outputs, f"{end}_logits", None) for end in ("start", "end")]
-    if ends[0] is not None and ends[1] is not None:
-        return sum(_classes(logits, None, generator) for logits in ends)  # type: ignore[return-value]
+    start, end = (getattr(outputs, f"{end}_logits", None) for end in ("start", "end"))
+    if start is not None and end is not None:
+        return _classes(start, None, generator) + _classes(end, None, generator)
     logits = getattr(outputs, "logits", None)
     if logits is None:
         hidden = getattr(outputs, "last_hidden_state", None)

@@ -37,9 +37,7 @@ class Sample:
         return self.real.numel()
 
 
-def collect_samples(
-    batches: Iterable[Mapping[str, Any]], *, labels: bool = False
-) -> list[Sample]:
+def collect_samples(batches: Iterable[Mapping[str, Any]], *, labels: bool = False) -> list[Sample]:
     """The rows of calibration batches, in an order that does not depend on the loader's.
 
     llm-compressor's loader shuffles with torch's global generator, anew on every pass.
@@ -47,7 +45,9 @@ def collect_samples(
     Args:
         labels: whether to keep labels among the inputs.
     """
-    left_out = _NOT_INPUTS if not labels else tuple(key for key in _NOT_INPUTS if key not in _LABELS)
+    left_out = (
+        _NOT_INPUTS if not labels else tuple(key for key in _NOT_INPUTS if key not in _LABELS)
+    )
     samples = []
     for batch in batches:
         rows = batch["input_ids"].shape[0]

@@ -89,6 +89,11 @@ class LayerStreams:
         """The layer in work."""
         return self._layers[self.depth]
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the compressed model has other hidden states in front of the layer."""
+        return any(batch.compressed is not batch.dense for batch in self.batches)
+
     def precision(self) -> torch.autocast:
         """The precision of the passes; moments and factors are float32 or wider all the same."""
         return half_products(self.batches[0].dense.dtype, self.device)

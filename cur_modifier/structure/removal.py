@@ -25,7 +25,7 @@ from cur_modifier.structure.operators import as_matrix, smaller
 from cur_modifier.structure.readers import Call, called_once, recorded
 from cur_modifier.structure.units import is_quantized
 
-__all__ = ["Kind", "Units", "find_units", "remove"]
+__all__ = ["Kind", "Units", "dense_matrices", "find_units", "remove"]
 
 Kind = Literal["neurons", "heads"]
 
@@ -83,7 +83,7 @@ def find_units(
     Cost: that pass; for each layout that fits a float32 copy of one layer, and two passes through
     it, for one that is right four.
     """
-    matrices = {name: m for layer in layers for name, m in _matrices(model, layer).items()}
+    matrices = {name: m for layer in layers for name, m in dense_matrices(model, layer).items()}
     with recorded(model, [*matrices, *layers]) as every_call:
         run()
     calls = called_once(every_call) | {n: c[0] for n, c in every_call.items() if n in layers}
@@ -276,8 +276,8 @@ def _common_parent(names: Sequence[str]) -> str:
     return ".".join(shared)
 
 
-def _matrices(model: nn.Module, layer: str) -> dict[str, nn.Module]:
-    """The dense modules of a layer that multiply by a matrix, by name."""
+def dense_matrices(model: nn.Module, layer: str) -> dict[str, nn.Module]:
+    """The Linears and ``Conv1D`` of a layer by name, but those that are factored or quantized."""
     found: dict[str, nn.Module] = {}
     factored: tuple[str, ...] = ()
     for name, module in model.get_submodule(layer).named_modules(prefix=layer):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from compressed_tensors.offload import update_offload_parameter
 from loguru import logger
 from torch import nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from cur_modifier.linalg import (
     RemovalProblem,
@@ -28,16 +30,16 @@ from cur_modifier.passes.context import evaluation_forward, frozen
 from cur_modifier.passes.samples import collect_samples
 from cur_modifier.passes.streams import LayerStreams
 from cur_modifier.structure.operators import as_matrix
-from cur_modifier.structure.removal import Units, remove
+from cur_modifier.structure.removal import Units, dense_matrices, remove
 
 __all__ = ["remove_units"]
 
 
 def remove_units(model: nn.Module, plan: Plan, batches: Any, journal: PruningJournal) -> None:
-    """Remove what the plan says, and correct the consumers, layer by layer.
+    """Remove what the plan says, and correct what is left, layer by layer.
 
-    Each consumer is fitted to what it reads in the model as it is by then, anchored to what the
-    dense model's answers.
+    Each module is fitted to what it reads in the model as it is by then, anchored to what it
+    answers in the dense model.
 
     Raises:
         ValueError: no token reached a consumer, or activations that are not finite, by its name.
@@ -48,12 +50,26 @@ def remove_units(model: nn.Module, plan: Plan, batches: Any, journal: PruningJou
         if plan.counts[each.consumer] < each.count:
             by_layer.setdefault(each.layer, []).append(each)
     last = max((i for i, (name, _) in enumerate(plan.layers) if name in by_layer), default=-1)
+    if plan.corrects_layers and last >= 0:  # the layers behind them are corrected, too
+        last = len(layers) - 1
     with evaluation_forward(model, logits=False) as device, frozen(model), torch.no_grad():
         samples = [sample.inputs for sample in collect_samples(batches)]
         streams = LayerStreams(model, layers, samples, device)
         for index in tqdm(range(last + 1), desc="Removing units", disable=last < 0):
             name = plan.layers[index][0]
             _Layer(model, plan, streams, journal, index).work(by_layer.get(name, []))
+
+
+class _Problem(NamedTuple):
+    """What modules that read one tensor are fitted to: ``weights (m, n)`` under ``gram (n, n)``.
+
+    Where they have a bias its column comes last, and the tensor's last feature is always 1.
+    """
+
+    gram: torch.Tensor
+    weights: list[torch.Tensor]
+    targets: list[torch.Tensor]
+    tokens: int
 
 
 class _Layer:
@@ -72,62 +88,56 @@ class _Layer:
         self.streams = streams
         self.journal = journal
         self.index = index
+        self.name = plan.layers[index][0]
 
     def work(self, units: Sequence[Units]) -> None:
-        """Remove units, train what is left where the recipe says so, and go on."""
-        settings = self.plan.settings
-        consumers = {u.consumer: self.model.get_submodule(u.consumer) for u in units}
-        outputs, inputs, _ = self.streams.run_dense(consumers, keep_inputs=bool(settings.anchor))
-        for each in units:
-            self._remove(each, inputs[each.consumer])
-        if settings.refine is not None and units:
-            name = self.plan.layers[self.index][0]
-            refined = refine_layer(
-                self.streams,
-                outputs,
-                self._parts(units),
-                self.plan.metric(name),
-                settings.refine,
-                seed=settings.seed ^ self.index,
+        """Remove units, correct the modules in the order of execution, train what is left where the
+        recipe says so, and go on."""
+        anchored, refine = bool(self.plan.settings.anchor), self.plan.settings.refine
+        watched = {u.consumer: self.model.get_submodule(u.consumer) for u in units}
+        if self.plan.corrects_layers:
+            watched = dense_matrices(self.model, self.name)
+        outputs, inputs, groups = self.streams.run_dense(watched, keep_inputs=anchored)
+        reading = {each.consumer: each for each in units}
+        changed = False
+        for names in groups:
+            own = reading.pop(names[0], None)
+            if own is not None:
+                self._remove(own, inputs[names[0]])
+                changed = True
+            elif changed or self.streams.diverged:
+                self._correct(names, inputs[names[0]])
+        if reading:
+            raise ValueError(
+                f"the calibration never ran {list(reading)[:4]}, so nothing is known of their "
+                "units. Put them on `ignore`, or calibrate with inputs that reach them."
             )
-            self.journal.refined(name, self.index, refined)
-        self.streams.advance(outputs, changed=bool(units))
+        if refine is not None and (changed or self.streams.diverged):
+            parts, metric = self._parts(units), self.plan.metric(self.name)
+            seed = self.plan.settings.seed ^ self.index
+            refined = refine_layer(self.streams, outputs, parts, metric, refine, seed=seed)
+            self.journal.refined(self.name, self.index, refined)
+        self.streams.advance(outputs, changed=changed or self.streams.diverged)
 
     def _remove(self, units: Units, dense_inputs: Mapping[int, torch.Tensor]) -> None:
         started = time.perf_counter()
         settings, name = self.plan.settings, units.consumer
-        consumer = self.model.get_submodule(name)
-        weight, bias = as_matrix(consumer), getattr(consumer, "bias", None)
-        assert weight is not None
-        W = weight.detach().float()
-        if bias is not None:  # the column of a feature that is always 1
-            W = torch.cat([W, bias.detach().float()[:, None]], dim=1)
-        moments = self.streams.moments(
-            consumer, dense_inputs, weight.shape[1], constant=bias is not None
-        )
+        old = self.model.get_submodule(name)
+        with_bias = getattr(old, "bias", None) is not None
         try:
-            gram, drift = moments.moments()
-            if moments.tokens < len(gram):
-                logger.warning(
-                    f"{name}: {moments.tokens} tokens calibrate {len(gram)} inputs, so their "
-                    "second moment has no full rank and is shrunk towards its diagonal. Give more "
-                    "samples."
-                )
-            known = shrunk(gram, SHRINKAGE * len(gram) / moments.tokens)
+            found = self._problem([name], dense_inputs)
+            [W], [target] = found.weights, found.targets
             metric = self.plan.outputs_metric(units)
-            target = W.double()
-            if settings.anchor:
-                target = anchored_target(W, known, drift.to(known), settings.anchor)
             solved = solve_removal(
                 RemovalProblem(
                     W=W,
-                    gram=known,
-                    units=units.reads.to(known.device),
+                    gram=found.gram,
+                    units=units.reads.to(W.device),
                     count=self.plan.counts[name],
-                    outputs=None if metric is None else metric.to(known.device),
+                    outputs=None if metric is None else metric.to(W.device),
                     target=target,
                     selection=settings.selection,
-                    corrected=settings.corrected,
+                    corrected=settings.correct != "none",
                     max_entry=settings.max_entry,
                     seed=settings.seed ^ zlib.crc32(name.encode()),
                 )
@@ -135,14 +145,14 @@ class _Layer:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         stays = kept_features(units.reads, solved.kept, W.shape[1])
-        spread = torch.zeros_like(target)
-        spread[:, stays] = solved.weight
-        whole = gram_norm(target, known)
-        left = solved.weight if bias is None else solved.weight[:, :-1]
-        corrected = None if bias is None else solved.weight[:, -1]
-        remove(self.model, units, solved.kept, left, corrected)
-        read = stays if bias is None else stays[:-1]
-        self.streams.shrunk(consumer, self.model.get_submodule(name), read)
+        missed = target.clone()
+        missed[:, stays] -= solved.weight
+        whole = gram_norm(target, found.gram)
+        weight, bias = solved.weight, None
+        if with_bias:
+            weight, bias, stays = weight[:, :-1], weight[:, -1], stays[:-1]
+        remove(self.model, units, solved.kept, weight, bias)
+        self.streams.shrunk(old, self.model.get_submodule(name), stays)
         self.journal.removed(
             UnitRecord(
                 name=name,
@@ -151,32 +161,68 @@ class _Layer:
                 before=units.count,
                 after=self.plan.counts[name],
                 cost=self.plan.costs.unit[name],
-                relative_error=gram_norm(target - spread, known) / whole if whole else 0.0,
+                relative_error=gram_norm(missed, found.gram) / whole if whole else 0.0,
                 expected_growth=self.plan.growth.get(name),
                 max_entry=solved.max_entry,
-                tokens=moments.tokens,
+                tokens=found.tokens,
                 seconds=time.perf_counter() - started,
             )
         )
 
+    def _correct(self, names: Sequence[str], dense_inputs: Mapping[int, torch.Tensor]) -> None:
+        """Fit modules that lose nothing to what the dense model's answer: behind a removal they
+        read something else."""
+        try:
+            found = self._problem(names, dense_inputs)
+        except ValueError as error:
+            raise ValueError(f"{names[0]}: {error}") from error
+        if found.tokens < len(found.gram):
+            return  # as of an expert: so few tokens tell little of what it reads
+        for name, target in zip(names, found.targets, strict=True):
+            module: Any = self.model.get_submodule(name)
+            if getattr(module, "bias", None) is not None:
+                update_offload_parameter(module, "bias", target[:, -1].to(module.bias.dtype))
+                target = target[:, :-1]
+            stored = target.mT if isinstance(module, Conv1D) else target
+            update_offload_parameter(module, "weight", stored.to(module.weight.dtype))
+
+    def _problem(self, names: Sequence[str], dense_inputs: Mapping[int, torch.Tensor]) -> _Problem:
+        modules = [self.model.get_submodule(name) for name in names]
+        biases = [getattr(module, "bias", None) for module in modules]
+        constant = any(bias is not None for bias in biases)
+        weights = []
+        for module, bias in zip(modules, biases, strict=True):
+            matrix = as_matrix(module)
+            assert matrix is not None
+            W = matrix.detach().float()
+            if constant:
+                column = W.new_zeros(len(W)) if bias is None else bias.detach().to(W)
+                W = torch.cat([W, column[:, None]], dim=1)
+            weights.append(W)
+        features = weights[0].shape[1] - constant
+        moments = self.streams.moments(modules[0], dense_inputs, features, constant=constant)
+        gram, drift = moments.moments()
+        if moments.tokens < features:
+            logger.warning(
+                f"{names[0]}: {moments.tokens} tokens calibrate {features} inputs, so their second "
+                "moment has no full rank and is shrunk towards its diagonal. Give more samples."
+            )
+        known = shrunk(gram, SHRINKAGE * features / moments.tokens)
+        anchor = self.plan.settings.anchor or 0.0
+        targets = [anchored_target(W, known, drift.to(known), anchor) for W in weights]
+        return _Problem(known, weights, targets, moments.tokens)
+
     def _parts(self, units: Sequence[Units]) -> list[Part]:
         """What is trained of the layer, with the second moment of what it reads."""
-        free = {each.consumer for each in units}
-        prefix = self.plan.layers[self.index][0]
         refine = self.plan.settings.refine
         assert refine is not None
-        modules = {
-            name: module
-            for name, module in self.streams.layer.named_modules(prefix=prefix)
-            if isinstance(module, nn.Linear) or name in free
-        }
+        modules = dense_matrices(self.model, self.name)
         if refine.train == "free":
+            free = {each.consumer for each in units}
             modules = {name: module for name, module in modules.items() if name in free}
         grams = self.streams.grams(modules)
-        return [
-            Part(module, None, grams[name])
-            if isinstance(module, nn.Linear)
-            else Part(module, grams[name], None)
-            for name, module in modules.items()
-            if name in grams
-        ]
+        parts = []
+        for name, gram in grams.items():
+            sides = (gram, None) if isinstance(modules[name], Conv1D) else (None, gram)
+            parts.append(Part(modules[name], *sides))
+        return parts

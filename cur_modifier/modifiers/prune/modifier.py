@@ -62,12 +62,14 @@ class IDPruningModifier(PruneSettings):
     :param selection: how units are chosen. ``elimination`` gives up one after another, each the one
         whose loss the others mend best; ``greedy`` builds up from none; ``qdeim``, ``deim``,
         ``leverage``, ``norm`` and ``random`` as for rows
-    :param corrected: let consumers absorb the interpolation; without they keep their columns
+    :param correct: ``consumers`` absorb the interpolation; with ``layers`` all matrices of a layer
+        are also fitted, by least squares, to what they answer in the dense model, since behind a
+        removal they read something else; with ``none`` consumers keep their columns
     :param max_entry: exchange neurons until no entry of an interpolation is larger; STAT's is 2
     :param fit: ``loss`` chooses units in the metric of the loss's curvature, ``gram`` by the plain
         error of the consumer's output
-    :param anchor: the dense model's share in what consumers are fitted to, as in ``CURModifier``;
-        null fits each to its own weight
+    :param anchor: the dense model's share in what modules are fitted to, as in ``CURModifier``;
+        null fits each to its own weight, so ``layers`` is then ``consumers``
     :param refine: train each layer's weights on its output after the removal, see ``RefineConfig``
     :param sensitivity: how the loss's curvature is measured, see ``SensitivityConfig``
     :param multiple_of: counts of neurons are multiples of this: group sizes of later stages must

@@ -63,6 +63,11 @@ class Plan:
         return {"neurons": self.settings.multiple_of, "heads": 1}
 
     @property
+    def corrects_layers(self) -> bool:
+        """Whether all modules of a layer are fitted to what they answer in the dense model."""
+        return self.settings.correct == "layers" and bool(self.settings.anchor)
+
+    @property
     def counted(self) -> str:
         """What the budget counts."""
         return "MACs" if self.settings.budget.measure == "macs" else "parameters"

@@ -27,7 +27,7 @@ class PruneSettings(Modifier):
     budget: BudgetConfig = Field(default_factory=lambda: BudgetConfig(ratio=0.8))
     shapes: Literal["uniform", "free"] = "uniform"
     selection: Selection = Selection.ELIMINATION
-    corrected: bool = True
+    correct: Literal["layers", "consumers", "none"] = "layers"
     max_entry: float | None = Field(default=None, gt=1, allow_inf_nan=False)
     fit: Literal["loss", "gram"] = "loss"
     anchor: float | None = Field(default=_ANCHOR, ge=0, le=1)
@@ -57,10 +57,10 @@ class PruneSettings(Modifier):
                 f"max_entry {self.max_entry} bounds the interpolation of single features by "
                 "exchange, and a head has several. Leave it out, or `units: [neurons]`."
             )
-        if not self.corrected and self.anchor not in (None, _ANCHOR):  # a dump gives the default
+        if self.correct == "none" and self.anchor not in (None, _ANCHOR):  # a dump has the default
             raise ValueError(
-                f"anchor {self.anchor} is the dense model's share in what the consumers are fitted "
-                "to, and `corrected: false` fits none. Leave one of them out."
+                f"anchor {self.anchor} is the dense model's share in what modules are fitted to, "
+                "and `correct: none` fits none. Leave one of them out."
             )
         return self
 

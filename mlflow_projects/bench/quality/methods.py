@@ -76,28 +76,50 @@ def by_recipe(
     """
 
     def compress(model: Any, calibration: Calibration, ratio: float | None) -> float:
-        import yaml
-        from llmcompressor import oneshot
-
-        from cur_modifier.data import windows_dataset
-        from cur_modifier.modifiers.report import parameter_count
-        from mlflow_projects.bench.quality.calibration import projections
-
         wish = {"ratio": ratio} | (rank or {})
-        stage = {"cur_modifiers": {"CURModifier": {"rank": wish, "mlflow": False} | cur}}
-        if then:
-            stage["then_modifiers"] = then
-        before = sum(p.numel() for m in projections(model).values() for p in m.parameters())
-        whole = parameter_count(model)
-        oneshot(
-            model=model,
-            dataset=windows_dataset(calibration.windows),
-            recipe=yaml.safe_dump({"compress_stage": stage}),
-        )
-        # By difference, so that factors count wherever in the model a stage puts them.
-        return 1 - (whole - parameter_count(model)) / before
+        return _measured(model, calibration, CURModifier={"rank": wish} | cur, **then or {})
 
     return Method(compress, own_ratio="rank" in cur)
+
+
+def _measured(model: Any, calibration: Calibration, **stages: dict[str, Any]) -> float:
+    """Compress by modifiers one after another; parameters after ÷ before, over the projections."""
+    import yaml
+    from llmcompressor import oneshot
+
+    from cur_modifier.data import windows_dataset
+    from cur_modifier.modifiers.report import parameter_count
+    from mlflow_projects.bench.quality.calibration import projections
+
+    recipe = {f"{name}_modifiers": {name: {"mlflow": False} | s} for name, s in stages.items()}
+    before = sum(p.numel() for m in projections(model).values() for p in m.parameters())
+    whole = parameter_count(model)
+    oneshot(
+        model=model,
+        dataset=windows_dataset(calibration.windows),
+        recipe=yaml.safe_dump({"compress_stage": recipe}),
+    )
+    # By difference, so that factors count wherever in the model a stage puts them.
+    return 1 - (whole - parameter_count(model)) / before
+
+
+def by_pruning(
+    prune: dict[str, Any], then: Callable[[float], tuple[float, dict[str, Any]]] | None = None
+) -> Method:
+    """The whole model by ``IDPruningModifier``, and by a stage behind it.
+
+    Args:
+        prune: fields of the stage, without its budget.
+        then: of the ratio of the whole that of the removal, and the modifiers that follow.
+    """
+
+    def compress(model: Any, calibration: Calibration, ratio: float | None) -> float:
+        assert ratio is not None
+        first, later = then(ratio) if then else (ratio, {})
+        budget = prune.get("budget", {}) | {"ratio": first}
+        return _measured(model, calibration, IDPruningModifier=prune | {"budget": budget}, **later)
+
+    return Method(compress)
 
 
 def by_function(module: str, function: str) -> Method:
@@ -151,6 +173,21 @@ HEALING = {
     }
 }
 
+# recipes/prune.yaml and its like, at any ratio. Neurons are three quarters of SmolLM2's projections:
+# counts in steps of 16 come near each ratio, where all layers have one count.
+PRUNE = {"units": ["neurons"], "shapes": "uniform", "multiple_of": 16}
+PRUNE_FREE = {"units": ["neurons"], "shapes": "free", "multiple_of": 32}
+
+
+def attention_as_row_ids(ratio: float) -> tuple[float, dict[str, Any]]:
+    """Removal of neurons takes 0.6 of what is to be saved, row IDs of attention the rest."""
+    first = 1 - 0.6 * (1 - ratio)
+    attention = 0.25  # of the projections' parameters
+    left = 1 - (first - ratio) / attention
+    fields = ID | {"targets": ["re:.*(q|k|v|o)_proj$"], "rank": {"ratio": left, **BUDGET}}
+    return first, {"CURModifier": fields}
+
+
 METHODS: dict[str, Method] = {
     "dense": Method(lambda model, calibration, ratio: 1.0, own_ratio=True),
     "svd": by_matrix("svd", calibrated=False),
@@ -170,4 +207,9 @@ METHODS: dict[str, Method] = {
     "id-uniform": by_recipe(ID),
     "id": by_recipe(ID, rank=BUDGET),
     "id-refined": by_recipe(ID | {"refine": {}}, rank=BUDGET),
+    "prune": by_pruning(PRUNE),
+    "prune-consumers": by_pruning(PRUNE_FREE | {"correct": "consumers"}),
+    "prune-free": by_pruning(PRUNE_FREE),
+    "prune-refined": by_pruning(PRUNE_FREE | {"refine": {}}),
+    "prune-id": by_pruning(PRUNE_FREE, attention_as_row_ids),
 }

@@ -20,7 +20,7 @@ def test_defaults_remove_neurons_alike_in_all_layers() -> None:
     settings = IDPruningModifier()
     assert settings.units == ["neurons"] and settings.shapes == "uniform"
     assert (settings.budget.measure, settings.budget.share) == ("ratio", 0.8)
-    assert settings.selection is Selection.ELIMINATION and settings.corrected
+    assert settings.selection is Selection.ELIMINATION and settings.correct == "layers"
     assert settings.needs_gradients
 
 
@@ -44,8 +44,8 @@ def test_defaults_remove_neurons_alike_in_all_layers() -> None:
             r"max_entry 2\.0 bounds the interpolation of single features.*Leave it out",
         ),
         (
-            {"corrected": False, "anchor": 0.5},
-            r"anchor 0\.5 is the dense model's share.*`corrected: false` fits none\. Leave one",
+            {"correct": "none", "anchor": 0.5},
+            r"anchor 0\.5 is the dense model's share.*`correct: none` fits none\. Leave one",
         ),
     ],
 )
@@ -68,8 +68,8 @@ def test_heads_take_the_selections_of_several_features(kind: Selection) -> None:
 
 
 def test_without_correction_nothing_is_anchored_by_default() -> None:
-    IDPruningModifier(corrected=False)
-    IDPruningModifier(corrected=False, anchor=None)
+    IDPruningModifier(correct="none")
+    IDPruningModifier(correct="none", anchor=None)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_gradients_are_measured_where_they_decide(fields: dict[str, Any], gradie
 
 def test_a_dump_holds_plain_values_and_is_taken_again() -> None:
     """llm-compressor writes all fields beside the checkpoint, those by default too."""
-    for fields in ({}, {"selection": "norm", "refine": {}}, {"corrected": False}):
+    for fields in ({}, {"selection": "norm", "refine": {}}, {"correct": "none"}):
         dumped = IDPruningModifier(**fields).model_dump()
         assert type(dumped["selection"]) is str
         assert IDPruningModifier(**dumped).model_dump() == dumped
