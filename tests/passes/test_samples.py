@@ -17,6 +17,7 @@ from cur_modifier.passes.samples import (
     last_real_token,
     real_rows,
     real_tokens,
+    with_constant,
 )
 
 
@@ -84,3 +85,13 @@ def test_rows_of_padding_are_left_out(flags: list[bool]) -> None:
     assert torch.equal(real_rows(x, None), x.view(6, 4))
     # An expert sees a choice of the tokens, which the mask does not fit.
     assert torch.equal(real_rows(x[0], real), x[0])
+
+
+@given(st.integers(0, 5), st.integers(1, 6), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_constant_is_a_last_feature(rows: int, features: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = x.clone()
+    wide = with_constant(x)
+    assert wide.shape == (rows, features + 1) and wide.dtype == dtype
+    assert torch.equal(wide[:, :-1], x) and bool((wide[:, -1] == 1).all())
+    assert torch.equal(x, before)

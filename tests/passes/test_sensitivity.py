@@ -184,3 +184,45 @@ def test_a_fingerprint_names_what_a_measurement_depends_on(model: Any) -> None:
     assert of(batches=batches(seed=1))["data"] != before["data"]
     nn.init.zeros_(model.lm_head.weight)
     assert of()["model"] != before["model"]
+
+
+def traces(name: str, W: torch.Tensor, G: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """A curve of two numbers that takes all that it is given."""
+    return torch.stack([(H @ W @ G * W).sum(), torch.tensor(float(len(name)))])
+
+
+def test_another_curve_is_made_of_weight_and_metrics(model: Any, tmp_path: Path) -> None:
+    plain = measured(model)
+    found = kept(model, tmp_path / "own.safetensors", curve=("traces", traces))
+    assert found.outputs.keys() == plain.outputs.keys()
+    assert all(torch.equal(found.outputs[name], H) for name, H in plain.outputs.items())
+    for name, curve in found.spectra.items():
+        assert curve.shape == (2,) and curve.dtype == torch.float32
+        # The trace is the sum of the squared singular values.
+        assert float(curve[0]) == pytest.approx(float(plain.spectra[name].sum()), rel=1e-3)
+        assert float(curve[1]) == len(name)
+
+
+def test_a_file_of_one_curve_is_not_taken_for_another(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "own.safetensors"
+    curve = kept(model, cache, curve=("traces", traces))
+    with monkeypatch.context() as context:
+        context.setattr(sensitivity, "measure", lambda *_, **__: pytest.fail("measured again"))
+        assert same(kept(model, cache, curve=("traces", traces)), curve)
+    for other in (None, ("others", traces)):
+        with pytest.raises(ValueError, match=r"of another settings\. Name another file"):
+            kept(model, cache, curve=other)
+    monkeypatch.setenv("CUR_MODIFIER_CACHE", str(tmp_path / "users"))
+    for other in (None, ("traces", traces), ("others", traces), None, ("traces", traces)):
+        found = kept(model, None, curve=other)
+        assert same(found, curve if other else measured(model))
+    assert len(list((tmp_path / "users/sensitivity").iterdir())) == 3
+
+
+def test_a_fingerprint_without_a_curve_is_what_it_was(model: Any) -> None:
+    given = (modules(model), batches(), 3, 0)
+    plain = fingerprint(model, *given)
+    assert fingerprint(model, *given, "") == plain and "curve" not in plain["settings"]
+    assert fingerprint(model, *given, "traces") != plain

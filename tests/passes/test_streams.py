@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,13 +61,16 @@ def calls(modules: dict[str, nn.Module]) -> Iterator[Counter[str]]:
             hook.remove()
 
 
-def streams_of(model: nn.Module) -> LayerStreams:
+def calibration() -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
-    batches = [
+    return [
         {"input_ids": torch.randint(0, 64, (2, 10), generator=generator), "use_cache": False}
         for _ in range(BATCHES)
     ]
-    return LayerStreams(model, list(model.model.layers), batches, torch.device("cpu"))
+
+
+def streams_of(model: nn.Module) -> LayerStreams:
+    return LayerStreams(model, list(model.model.layers), calibration(), torch.device("cpu"))
 
 
 def moments_of_a_layer(
@@ -99,8 +103,6 @@ def test_nothing_is_run_twice_for_one_layer(model: nn.Module) -> None:
 
 
 def test_parts_that_are_not_run_again_answer_the_same(model: nn.Module) -> None:
-    import copy
-
     plain = copy.deepcopy(model)
     found = []
     for each, replayed in ((model, True), (plain, False)):
@@ -169,3 +171,122 @@ def test_a_cache_that_passes_would_share_is_refused(model: nn.Module) -> None:
     batches = [{"input_ids": torch.zeros(1, 4, dtype=torch.long), "use_cache": True}]
     with pytest.raises(ValueError, match="use_cache=False"):
         LayerStreams(model, list(model.model.layers), batches, torch.device("cpu"))
+
+
+def inputs_of(model: nn.Module, name: str) -> torch.Tensor:
+    """What a module of the first layer reads in the calibration batches, token by token."""
+    read: list[torch.Tensor] = []
+    module = model.model.layers[0].get_submodule(name)
+    handle = module.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    with torch.no_grad():
+        for batch in calibration():
+            model(**batch)
+    handle.remove()
+    return torch.cat([x.flatten(0, 1) for x in read]).double()
+
+
+def test_moments_with_the_constant_hold_means(model: nn.Module) -> None:
+    x = inputs_of(model, "mlp.down_proj")
+    streams = streams_of(model)
+    down = model.model.layers[0].mlp.down_proj
+    _, inputs, _ = streams.run_dense({"down": down}, keep_inputs=True)
+    moments = streams.moments(down, inputs["down"], 24, constant=True)
+    gram, drift = (part.double() for part in moments.moments())
+    assert moments.tokens == len(x) and gram.shape == (25, 25)
+    torch.testing.assert_close(gram[:-1, :-1], x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gram[-1, :-1], x.mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gram[:, -1], gram[-1])
+    assert float(gram[-1, -1]) == pytest.approx(1) and not drift.any()
+
+
+def test_a_drift_of_means_shows_beside_the_constant(model: nn.Module) -> None:
+    streams = streams_of(model)
+    layer = model.model.layers[0]
+    _, inputs, _ = streams.run_dense({"down": layer.mlp.down_proj}, keep_inputs=True)
+    dense = torch.cat([x.flatten(0, 1) for x in inputs["down"].values()])
+    with torch.no_grad():
+        layer.self_attn.v_proj.weight.mul_(3)
+    changed = inputs_of(model, "mlp.down_proj")
+    moments = streams.moments(layer.mlp.down_proj, inputs["down"], 24, constant=True)
+    _, drift = moments.moments()
+    torch.testing.assert_close(
+        drift[:-1, -1].double(), (dense - changed).mean(0), rtol=1e-4, atol=1e-6
+    )
+    assert not drift[-1].any()  # the constant is in both models what it is
+
+
+@pytest.mark.parametrize("unsettled", [False, True])
+def test_a_part_goes_on_with_what_the_smaller_module_reads(
+    model: nn.Module, unsettled: bool
+) -> None:
+    """After a removal attention is as settled as before, whatever came before its last Linear."""
+    streams = streams_of(model)
+    layer = model.model.layers[0]
+    attention, down = layer.self_attn, layer.mlp.down_proj
+    here = {"o": attention.o_proj, "down": down}
+    _, inputs, _ = streams.run_dense(here, keep_inputs=True)
+    streams.moments(attention.o_proj, inputs["o"], 16)
+    left = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])  # the first group of heads
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        plain.model.layers[0].self_attn.o_proj.weight[:, 8:] = 0
+    wanted = inputs_of(plain, "mlp.down_proj")
+    made = nn.Linear(8, 16, bias=False)
+    made.weight = nn.Parameter(attention.o_proj.weight.detach()[:, left].clone())
+    old, attention.o_proj = attention.o_proj, made
+    for name, size in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4)):
+        linear = getattr(attention, name)
+        linear.weight = nn.Parameter(linear.weight.detach()[:size].clone())
+    streams.shrunk(old, made, left)
+    if unsettled:
+        streams.unsettle()
+    with calls({"q": attention.q_proj, "o": made}) as counted:
+        moments = streams.moments(down, inputs["down"], 24)
+    gram, _ = moments.moments()
+    expected = wanted.T @ wanted / len(wanted)
+    torch.testing.assert_close(gram.double(), expected, rtol=1e-4, atol=1e-6)
+    assert counted == {"o": BATCHES} | ({"q": BATCHES} if unsettled else {})
+
+
+def test_the_end_of_another_part_stays(model: nn.Module) -> None:
+    streams = streams_of(model)
+    layer = model.model.layers[0]
+    streams.run_dense({}, keep_inputs=False)
+    before = [end.module for end in streams._ends]
+    assert before == [layer.self_attn.o_proj, layer.mlp.down_proj]
+    new = nn.Linear(8, 16, bias=False)
+    streams.shrunk(layer.mlp.down_proj, new, torch.arange(8))
+    assert [end.module for end in streams._ends] == [before[0], new]
+    streams.shrunk(layer.mlp.up_proj, nn.Linear(16, 8), torch.arange(8))
+    assert [end.module for end in streams._ends] == [before[0], new]
+
+
+def test_grams_are_those_of_the_compressed_stream(model: nn.Module) -> None:
+    streams = streams_of(model)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        layer.self_attn.v_proj.weight.mul_(3)
+    unread = nn.Linear(16, 16)
+    names = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+    modules = {name: layer.get_submodule(name) for name in names}
+    layer.mlp.unread = unread
+    grams = streams.grams(modules | {"unread": unread})
+    assert grams.keys() == set(names)
+    for name in names:
+        x = inputs_of(model, name)
+        torch.testing.assert_close(grams[name].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    assert not any(m._forward_pre_hooks for m in layer.modules())
+
+
+def test_padding_counts_in_no_moment(model: nn.Module) -> None:
+    mask = torch.tensor([[1] * 6 + [0] * 4, [1] * 10])
+    batches = [batch | {"attention_mask": mask} for batch in calibration()]
+    streams = LayerStreams(model, list(model.model.layers), batches, torch.device("cpu"))
+    down = model.model.layers[0].mlp.down_proj
+    _, inputs, _ = streams.run_dense({"down": down}, keep_inputs=True)
+    x = torch.cat([each[mask.bool()] for each in inputs["down"].values()]).double()
+    expected = x.T @ x / len(x)
+    moments = streams.moments(down, inputs["down"], 24, constant=True)
+    assert moments.tokens == 16 * BATCHES
+    for gram in (streams.grams({"down": down})["down"], moments.moments()[0][:-1, :-1]):
+        torch.testing.assert_close(gram.double(), expected, rtol=1e-4, atol=1e-6)

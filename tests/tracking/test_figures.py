@@ -101,6 +101,19 @@ def test_layer_costs_mark_the_chosen_layers(metric, unit):
     render(figures.layer_costs(metric, [], []))
 
 
+def test_kept_units_have_a_line_a_kind():
+    kept = [("neurons", 2, 0.5), ("neurons", 0, 0.75), ("heads", 1, 1.0), ("neurons", 1, 1.0)]
+    figure = figures.kept_units(kept)
+    (axes,) = panels(figure)
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines.keys() == {"neurons", "heads"}
+    assert list(lines["neurons"].get_xdata()) == [0, 1, 2]
+    assert list(lines["neurons"].get_ydata()) == [0.75, 1.0, 0.5]
+    assert list(lines["heads"].get_xdata()) == [1]
+    assert axes.get_ylim()[0] == 0
+    render(figure)
+
+
 def test_loss_curve_marks_the_step_that_is_kept():
     train = [(s, 1 / s) for s in range(1, 1001)]
     rate = [(s, 1e-3 / s) for s in range(1, 1001)]
