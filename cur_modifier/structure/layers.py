@@ -20,6 +20,8 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     targets = infer_sequential_targets(model)
     layers = list(match_named_modules(model, [targets] if isinstance(targets, str) else targets))
+    # Encoders name their embeddings as well, which are no layer of a list.
+    layers = [item for item in layers if item[0].rpartition(".")[2].isdigit()] or layers
     if not layers:
         layers = _longest_list(model)
     if not layers:

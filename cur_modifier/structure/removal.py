@@ -213,6 +213,11 @@ def _neurons(
             every = torch.arange(width)[:, None]
             if outputs == width:
                 yield Units(layer, "neurons", dict.fromkeys(producers, every), consumer, every)
+                if len(producers) > 2:  # projections of attention that are as wide read it, too
+                    for size in (2, 1):
+                        for some in combinations(producers, size):
+                            own = dict.fromkeys(some, every)
+                            yield Units(layer, "neurons", own, consumer, every)
             elif outputs == 2 * width and len(producers) == 1:  # gate and up in one module
                 halves = torch.cat([every, width + every], dim=1)
                 for features in (halves, torch.arange(outputs).view(width, 2)):

@@ -23,5 +23,5 @@ def test_layers_come_by_name_and_in_order(small_llama: Callable[..., Any]) -> No
 def test_a_model_that_names_no_layers_is_refused(small_llama: Callable[..., Any]) -> None:
     model = small_llama(0, num_hidden_layers=1)
     model.model.layers = nn.ModuleList()
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM names no decoder layers.*supported"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM names no layers.*supported"):
         decoder_layers(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,9 +43,9 @@ def costs_of(
     layers = dict.fromkeys(each.layer for each in units)
     if measure == "macs":
         unit = {u.consumer: _macs(model, u, sequence_length) for u in units}
-        fixed = sum(_products(model.get_submodule(name), sequence_length) for name in layers)
-        attention = sum(u.count * _attention(u, sequence_length) for u in units)
-        return Costs(unit, fixed + attention)
+        products = sum(_products(model.get_submodule(name), sequence_length) for name in layers)
+        attention = len(layers) * _attention(_query_width(model), sequence_length)
+        return Costs(unit, products + attention)
     unit = {u.consumer: _parameters(model, u) for u in units}
     counted = [model] if measure == "parameters" else [model.get_submodule(n) for n in layers]
     return Costs(unit, sum(map(parameter_count, counted)))
@@ -161,12 +162,21 @@ def _macs(model: nn.Module, units: Units, tokens: int) -> int:
     total = units.reads.shape[1] * _shape(model.get_submodule(units.consumer))[0]
     for name, features in units.producers.items():
         total += features.shape[1] * _shape(model.get_submodule(name))[1]
-    return total * tokens + _attention(units, tokens)
+    queries = units.reads.shape[1] if units.kind == "heads" else 0
+    return total * tokens + _attention(queries, tokens)
 
 
-def _attention(units: Units, tokens: int) -> int:
-    """Products of queries with keys and of weights with values, of one head and its queries."""
-    return 2 * tokens * tokens * units.reads.shape[1] if units.kind == "heads" else 0
+def _attention(width: int, tokens: int) -> int:
+    """Products of queries of so many features with keys, and of weights with values."""
+    return 2 * tokens * tokens * width
+
+
+def _query_width(model: Any) -> int:
+    """Features of all queries of a layer, as the config counts heads; 0 without attention."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 0
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return int(heads * size)
 
 
 def _products(layer: nn.Module, tokens: int) -> int:

@@ -22,7 +22,7 @@ from cur_modifier.passes.samples import collect_samples
 from cur_modifier.passes.sensitivity import Sensitivity, load_or_measure
 from cur_modifier.structure.layers import decoder_layers
 from cur_modifier.structure.operators import as_matrix
-from cur_modifier.structure.removal import Kind, Units, find_units
+from cur_modifier.structure.removal import Kind, Units, dense_matrices, find_units
 from cur_modifier.structure.shapes import config_fields
 from cur_modifier.structure.units import is_quantized
 from cur_modifier.training.schedule import split
@@ -92,6 +92,7 @@ def check(settings: PruneSettings, model: Any, batches: Any) -> Plan:
     """
     layers = decoder_layers(model)
     _check_data(settings, batches)
+    _check_weights(model, [name for name, _ in layers])
     units = _wanted(settings, model, layers)
     if settings.shapes == "uniform":
         _check_uniform(model, units)
@@ -102,7 +103,6 @@ def check(settings: PruneSettings, model: Any, batches: Any) -> Plan:
             "or `units: [neurons]`; or `served: false` where transformers alone runs the model."
         )
     _check_multiples(settings, units)
-    _check_weights(model, units)
     _check_followers(settings, model, units)
     budget = settings.budget
     plan = Plan(
@@ -251,15 +251,12 @@ def _check_multiples(settings: PruneSettings, units: Sequence[Units]) -> None:
             )
 
 
-def _check_weights(model: nn.Module, units: Sequence[Units]) -> None:
-    for name in dict.fromkeys(name for each in units for name in each.modules):
-        weight = as_matrix(model.get_submodule(name))
-        assert weight is not None
-        bad = int((~torch.isfinite(weight)).sum())
+def _check_weights(model: nn.Module, layers: Sequence[str]) -> None:
+    for name, module in (item for n in layers for item in dense_matrices(model, n).items()):
+        bad = int((~torch.isfinite(module.weight)).sum())  # type: ignore[arg-type]
         if bad:
             raise ValueError(
-                f"{name}.weight contains NaN or infinity in {bad} entries. Repair the checkpoint, "
-                "or put the module on `ignore`."
+                f"{name}.weight contains NaN or infinity in {bad} entries. Repair the checkpoint."
             )
 
 

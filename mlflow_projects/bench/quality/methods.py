@@ -173,8 +173,8 @@ HEALING = {
     }
 }
 
-# recipes/prune.yaml and its like, at any ratio. Neurons are three quarters of SmolLM2's projections:
-# counts in steps of 16 come near each ratio, where all layers have one count.
+# recipes/prune.yaml and its like, at any ratio. Where all layers have one count, steps of 16 come
+# near each ratio.
 PRUNE = {"units": ["neurons"], "shapes": "uniform", "multiple_of": 16}
 PRUNE_FREE = {"units": ["neurons"], "shapes": "free", "multiple_of": 32}
 
