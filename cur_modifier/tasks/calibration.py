@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cur_modifier.tasks.encode import answer_position, encode_examples, windows
+from cur_modifier.tasks.encode import answer_position, encode_examples, longest_input, windows
 from cur_modifier.tasks.heads import check_model, label_order
 from cur_modifier.tasks.load import training_split
 from cur_modifier.tasks.table import Head, Task, find_task
@@ -40,7 +40,8 @@ def task_dataset(
         data: the folder of task data; the hub's data set where it is None or empty.
         config: the model's, which is checked and whose numbers the labels then are. Without it
             they are GLUE's.
-        max_length: tokens of an example; of SQuAD, of the window that holds the answer.
+        max_length: tokens of an example; of SQuAD, of the window that holds the answer. Never more
+            than the model takes.
         seed: draws which examples.
 
     Raises:
@@ -59,8 +60,9 @@ def task_dataset(
             f"{samples} samples are more than {name} has: {len(found.examples)} ({found.origin}). "
             "Ask for fewer."
         )
-    chosen = found.drawn(samples, seed).examples
-    rows = labelled(task, chosen, tokenizer, max_length=max_length, config=config)
+    chosen = found.sample(samples, seed).examples
+    length = min(max_length, longest_input(tokenizer, config))
+    rows = labelled(task, chosen, tokenizer, max_length=length, config=config)
     return Dataset.from_list(
         [row | {"labels": [row["labels"]]} if "labels" in row else row for row in rows]
     )

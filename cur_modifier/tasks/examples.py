@@ -1,4 +1,4 @@
-"""What a task asks: texts with a label, or a question about a text."""
+"""Examples of tasks: texts with a label, or a question about a context."""
 
 from __future__ import annotations
 

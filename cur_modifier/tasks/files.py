@@ -29,7 +29,7 @@ def task_folder(data: Path, task: Task) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    names = (task.name, "squad") if task.head is Head.ANSWERS else (task.name,)
+    names = (task.name, "squad") if task.head is Head.QUESTION_ANSWERING else (task.name,)
     wanted = [data / name for name in names] + [data / "glue" / name for name in names]
     if data.name in names:
         wanted.insert(0, data)
@@ -45,7 +45,7 @@ def task_folder(data: Path, task: Task) -> Path:
 def names_of_files(task: Task, split: str) -> tuple[str, ...]:
     """Under which names a split's file may lie in the task's folder, each also gzipped."""
     own = task.train if split == "train" else task.validation
-    return own if task.head is Head.ANSWERS else _ANY_TASK[split] + own
+    return own if task.head is Head.QUESTION_ANSWERING else _ANY_TASK[split] + own
 
 
 def find_file(folder: Path, task: Task, split: str) -> Path | None:

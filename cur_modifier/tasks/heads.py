@@ -1,4 +1,4 @@
-"""Whether a model answers a task: its head, and what its labels are called."""
+"""Whether a model fits a task: its head, and what its labels are called."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def architecture(config: Any) -> str:
 def head_of(config: Any) -> Head | None:
     """The head of a checkpoint; None for a causal language model, or a model without a head."""
     name = architecture(config)
-    # Two models of XLM's family call another head so: ...ForQuestionAnsweringSimple.
+    # XLM and FlauBERT end in ForQuestionAnsweringSimple.
     return next((head for head in Head if head in name), None)
 
 
 def check_model(task: Task, config: Any, name: str) -> None:
-    """Make sure that a checkpoint can be asked a task.
+    """Make sure that a checkpoint has the head and the labels of a task.
 
     Args:
         name: what the user calls the model, for the message.
@@ -33,8 +33,8 @@ def check_model(task: Task, config: Any, name: str) -> None:
     if head_of(config) is not task.head:
         held = architecture(config) or "a model without architectures in config.json"
         raise ValueError(
-            f"{name} is {held}, and {task.name} needs a model {task.head}. Make one of it with "
-            f"mlflow_projects/finetune (task={task.name}), or ask for a task of its own."
+            f"{name} is {held}, and {task.name} needs a class ...{task.head}. Fine-tune a model "
+            f"with mlflow_projects/finetune (task={task.name}), or name a task that fits its head."
         )
     if task.head is not Head.CLASSIFICATION:
         return

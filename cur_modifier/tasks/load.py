@@ -14,7 +14,7 @@ from cur_modifier.tasks.files import find_file, names_of_files, read_rows, task_
 from cur_modifier.tasks.squad import check_questions, question_of, read_questions
 from cur_modifier.tasks.table import Head, Task
 
-__all__ = ["Split", "halves", "training_split", "validation_split"]
+__all__ = ["Split", "split_by_group", "training_split", "validation_split"]
 
 SHARE = 5  # one group in so many is for validation where one file has to serve for both
 
@@ -32,7 +32,7 @@ class Split:
             return self
         return Split(self.examples[:limit], f"the first {limit} of {self.origin}")
 
-    def drawn(self, count: int | None, seed: int) -> Split:
+    def sample(self, count: int | None, seed: int) -> Split:
         """At most ``count`` of them, drawn at random: files may be sorted by their source."""
         if count is None or count >= len(self.examples):
             return self
@@ -61,7 +61,7 @@ def validation_split(task: Task, data: str | Path | None = None, *, whole: bool 
     examples = _read(task, path)
     if whole or not alone:
         return Split(examples, path.name)
-    part = halves(examples, SHARE)[1]
+    part = split_by_group(examples, SHARE)[1]
     return Split(part, f"{len(part)} of {len(examples)} in {path.name}")
 
 
@@ -78,7 +78,7 @@ def training_split(task: Task, data: str | Path | None = None) -> Split:
         path, alone = _file(task, Path(data), "train")
         examples = _read(task, path)
         if alone:
-            part = halves(examples, SHARE)[0]
+            part = split_by_group(examples, SHARE)[0]
             return Split(part, f"{len(part)} of {len(examples)} in {path.name}")
         found = Split(examples, path.name)
     else:
@@ -90,7 +90,7 @@ def training_split(task: Task, data: str | Path | None = None) -> Split:
     return Split(kept, f"{found.origin}{without}")
 
 
-def halves(examples: Sequence[Any], share: int) -> tuple[list[Any], list[Any]]:
+def split_by_group(examples: Sequence[Any], share: int) -> tuple[list[Any], list[Any]]:
     """The greater part of examples, and one group of them in ``share`` held out, at least one.
 
     Which groups are held out depends on what the examples say alone: neither on their order nor on
@@ -133,7 +133,7 @@ def _file(task: Task, data: Path, split: str) -> tuple[Path, bool]:
 
 def _read(task: Task, path: Path) -> Sequence[Any]:
     examples: Sequence[Example | Question]
-    if task.head is Head.ANSWERS:
+    if task.head is Head.QUESTION_ANSWERING:
         examples = questions = read_questions(path)
         check_questions(task, questions, str(path))
     else:
@@ -155,7 +155,7 @@ def _of_hub(task: Task, split: str) -> Split:
             "out of reach, give the folder of task data."
         ) from None
     where = " ".join(part for part in (name, configuration, split) if part)
-    if task.head is Head.ANSWERS:
+    if task.head is Head.QUESTION_ANSWERING:
         return Split([question_of(row) for row in rows], where)
     return Split(
         [example_of(task, row, f"{where}, row {number}") for number, row in enumerate(rows)], where

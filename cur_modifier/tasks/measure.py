@@ -12,10 +12,10 @@ from cur_modifier.tasks.predict import predict
 from cur_modifier.tasks.scores import Score, score_answers, score_labels
 from cur_modifier.tasks.table import Head, Task
 
-__all__ = ["ANSWER_LENGTH", "ANSWER_STRIDE", "measure_task"]
+__all__ = ["WINDOW_LENGTH", "WINDOW_STRIDE", "measure_task"]
 
-ANSWER_LENGTH = 384  # tokens of a window of SQuAD, as in the reference of BERT
-ANSWER_STRIDE = 128  # that neighbouring windows share
+WINDOW_LENGTH = 384  # tokens of a window of SQuAD, as in the reference of BERT
+WINDOW_STRIDE = 128  # that neighbouring windows share
 
 
 def measure_task(
@@ -31,12 +31,12 @@ def measure_task(
     """
     check_model(task, model.config, model.config.name_or_path or "the model")
     longest = longest_input(tokenizer, model.config)
-    if task.head is Head.ANSWERS:
+    if task.head is Head.QUESTION_ANSWERING:
         parts = windows(
             examples,
             tokenizer,
-            max_length=min(ANSWER_LENGTH, longest),
-            stride=min(ANSWER_STRIDE, longest // 4),
+            max_length=min(WINDOW_LENGTH, longest),
+            stride=min(WINDOW_STRIDE, longest // 4),
         )
         logits = predict(
             model,

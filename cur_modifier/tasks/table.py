@@ -1,4 +1,4 @@
-"""Tasks of GLUE and SQuAD: what their examples hold, which head answers them, how they are scored.
+"""Tasks of GLUE and SQuAD: their columns and labels, the head that they need, their metrics.
 
 GLUE: Wang et al. 2018. SQuAD: Rajpurkar et al. 2016 (1.1) and 2018 (2.0).
 """
@@ -16,7 +16,7 @@ class Head(StrEnum):
     """The end of a model class's name that says what its last layer gives."""
 
     CLASSIFICATION = "ForSequenceClassification"
-    ANSWERS = "ForQuestionAnswering"
+    QUESTION_ANSWERING = "ForQuestionAnswering"
 
     @property
     def auto_class(self) -> str:
@@ -54,7 +54,7 @@ class Task:
     @property
     def outputs(self) -> int:
         """How many numbers the head gives: for a text, or for each token of one."""
-        return 2 if self.head is Head.ANSWERS else max(1, len(self.labels))
+        return 2 if self.head is Head.QUESTION_ANSWERING else max(1, len(self.labels))
 
     @property
     def is_regression(self) -> bool:
@@ -126,7 +126,7 @@ TASKS = {
         ),
         Task(
             "squad",
-            Head.ANSWERS,
+            Head.QUESTION_ANSWERING,
             ("exact_match", "f1"),
             ("rajpurkar/squad", None),
             train=("train-v1.1.json",),
@@ -134,7 +134,7 @@ TASKS = {
         ),
         Task(
             "squad_v2",
-            Head.ANSWERS,
+            Head.QUESTION_ANSWERING,
             ("exact_match", "f1"),
             ("rajpurkar/squad_v2", None),
             train=("train-v2.0.json",),

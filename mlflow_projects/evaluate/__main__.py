@@ -4,13 +4,13 @@
         -P tasks=boolq,piqa -P task_data=$PWD/zeroshot --env-manager local
 
 MODEL is a directory, a hub name, `smollm2` or `minilm`; DATA names texts, comma-separated (files,
-folders or hub names). TASKS of a causal language model are lm-eval's. A model for classification or
-for answers is asked GLUE (sst2, mrpc, qnli, stsb, mnli, qqp) or SQuAD (squad, squad_v2) by its
-head. Either comes from the hub, or from local files: TASK_DATA, laid out as local_tasks.py and
-cur_modifier/tasks/files.py say. BACKEND is `transformers`, `vllm` (which starts a server and ends
-it) or the URL of a server that serves the model. BASELINE is a second model, the dense one usually,
-measured in the same run. A checkpoint that `compress` or `finetune` registered gets the figures
-too: its logged model, and the run that made it.
+folders or hub names). TASKS of a causal language model are lm-eval's. Those
+of a model for classification or question answering are of GLUE (sst2, mrpc, qnli, stsb, mnli, qqp)
+or SQuAD (squad, squad_v2). Either comes from the hub, or from local files: TASK_DATA, laid out as
+local_tasks.py and cur_modifier/tasks/files.py say. BACKEND is `transformers`, `vllm` (which starts
+a server and ends it) or the URL of a server that serves the model. BASELINE is a second model, the
+dense one usually, measured in the same run. A checkpoint that `compress` or `finetune` registered
+gets the figures too: its logged model, and the run that made it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from cur_modifier.compress import model_source
 from cur_modifier.tasks import find_task
 from mlflow_projects.arguments import elsewhere, text_name
-from mlflow_projects.evaluate.heads import HeadTasks, answers_with_head
+from mlflow_projects.evaluate.heads import HeadTasks, has_task_head
 from mlflow_projects.evaluate.options import parse
 from mlflow_projects.evaluate.report import as_csv, as_table, log
 from mlflow_projects.evaluate.tasks import BadInputError, Figure, Tasks
@@ -186,7 +186,7 @@ def _tasks(
     except (OSError, ValueError) as error:
         raise BadInputError(str(error)) from None
     try:
-        if not answers_with_head(configs[options.model], options.tasks):
+        if not has_task_head(configs[options.model], options.tasks):
             return Tasks(options), CAUSAL
         return HeadTasks(options, configs), find_task(options.tasks[0]).head.auto_class
     except OSError as error:

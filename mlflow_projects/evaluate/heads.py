@@ -1,4 +1,4 @@
-"""Tasks that a model answers with its head: GLUE by a classifier, SQuAD by a finder of answers."""
+"""Tasks of models with a head: GLUE for classification, SQuAD for question answering."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cur_modifier.tasks import TASKS, Task, find_task, measure_task, validation_
 from cur_modifier.tasks.heads import architecture, check_model, head_of
 from mlflow_projects.evaluate.tasks import BadInputError, Figure
 
-# In the class names of models that lm-eval can ask.
+# In the class names of models that lm-eval can run.
 _GENERATIVE = ("CausalLM", "LMHead", "ConditionalGeneration")
 
 
-def answers_with_head(config: Any, names: Iterable[str]) -> bool:
-    """Whether tasks are to be asked of a model's head, not of its next token by lm-eval.
+def has_task_head(config: Any, names: Iterable[str]) -> bool:
+    """Whether tasks are measured by a model's head, and not by lm-eval.
 
-    lm-eval knows prompts for some of the same tasks: a causal language model gets those.
+    lm-eval has prompts for some of the same tasks. Those are for causal language models.
     """
     if head_of(config) is not None:
         return True
@@ -82,11 +82,11 @@ def _refuse_others(options: argparse.Namespace) -> None:
         )
     if options.backend != "transformers":
         raise BadInputError(
-            f"backend {options.backend} serves no heads of classification or of answers here. "
-            "Leave backend out: transformers runs them."
+            f"backend {options.backend} runs no model for classification or question answering "
+            "here. Leave backend out: transformers runs them."
         )
     if options.few_shot is not None:
         raise BadInputError(
-            f"few_shot {options.few_shot}: a head sees no examples before a question. Leave "
-            "few_shot out."
+            f"few_shot {options.few_shot}: a model with a head has no prompt to put examples in. "
+            "Leave few_shot out."
         )

@@ -14,7 +14,7 @@ from typing import Any
 from cur_modifier.tasks import TASKS
 
 _HEADS = (
-    " GLUE and SQuAD are asked of models for classification and for answers, which "
+    " GLUE and SQuAD need a model for classification or question answering, which "
     "mlflow_projects/finetune makes."
 )
 

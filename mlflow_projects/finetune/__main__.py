@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -30,12 +30,16 @@ from cur_modifier.tasks import (
     training_split,
     validation_split,
 )
-from cur_modifier.tasks.load import halves
+from cur_modifier.tasks.encode import longest_input
+from cur_modifier.tasks.load import split_by_group
 from mlflow_projects.arguments import check_output, count, count_or_none, elsewhere, whole
-from mlflow_projects.finetune.settings import HELD_OUT, Settings, defaults
+from mlflow_projects.finetune.settings import HELD_OUT, chosen
 
 PROJECT = Path(__file__).resolve().parent
-MODEL_TYPES = {Head.CLASSIFICATION: "text-classification", Head.ANSWERS: "question-answering"}
+MODEL_TYPES = {
+    Head.CLASSIFICATION: "text-classification",
+    Head.QUESTION_ANSWERING: "question-answering",
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"finetune: {error}{elsewhere(options.task_data, PROJECT)}")
     try:
-        finetune(task, source, training, validation, _settings(task, options), options)
+        finetune(task, source, training, validation, options)
     except (OSError, ValueError) as error:
         sys.exit(f"finetune: {error}")
 
@@ -84,21 +88,22 @@ def finetune(
     source: str,
     training: Split,
     validation: Split,
-    settings: Settings,
     options: argparse.Namespace,
 ) -> None:
     """One run: the model trained, saved, registered and measured on the validation set."""
     import mlflow
-    from transformers import AutoTokenizer, set_seed
+    from transformers import AutoConfig, AutoTokenizer, set_seed
 
     from mlflow_projects.finetune.model import with_head
     from mlflow_projects.finetune.training import train
     from mlflow_projects.registry import register
 
-    set_seed(settings.seed)  # of the new head
     tokenizer = AutoTokenizer.from_pretrained(source)
+    longest = longest_input(tokenizer, AutoConfig.from_pretrained(source))
+    settings = chosen(task, options, longest)
+    set_seed(settings.seed)  # of the new head
     model = with_head(source, task)
-    examples, held_out = halves(training.examples, HELD_OUT)
+    examples, held_out = split_by_group(training.examples, HELD_OUT)
     print(
         f"{task.name}: {len(examples)} examples to train on and {len(held_out)} to choose the "
         f"best epoch by ({training.origin}); {len(validation.examples)} to measure on "
@@ -137,16 +142,8 @@ def _examples(task: Task, options: argparse.Namespace) -> tuple[Split, Split]:
     """To train on, and to measure on."""
     if options.task_data and not Path(options.task_data).is_dir():
         raise FileNotFoundError(f"no folder {options.task_data} of task data.")
-    training = training_split(task, options.task_data).drawn(options.limit, options.seed)
+    training = training_split(task, options.task_data).sample(options.limit, options.seed)
     return training, validation_split(task, options.task_data)
-
-
-def _settings(task: Task, options: argparse.Namespace) -> Settings:
-    given: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed}
-    for name in ("epochs", "learning_rate", "max_length"):
-        if value := getattr(options, name):
-            given[name] = value
-    return replace(defaults(task), **given)
 
 
 def _table(figures: dict[str, float]) -> str:
@@ -155,4 +152,5 @@ def _table(figures: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no scratch folder stays
     main()

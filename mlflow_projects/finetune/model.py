@@ -16,7 +16,7 @@ def with_head(source: str, task: Task) -> Any:
     import torch
     import transformers
 
-    if task.head is Head.ANSWERS:
+    if task.head is Head.QUESTION_ANSWERING:
         labels: dict[str, Any] = {"num_labels": task.outputs}
     else:
         names = task.labels or ("score",)

@@ -26,7 +26,10 @@ DECAY = 0.01
 _NAMES = {
     "loss": "finetune_training_loss",
     "learning_rate": "finetune_learning_rate",
-    "eval_loss": "finetune_validation_loss",
+    **{
+        f"eval_{name}": f"finetune_validation_{name}"
+        for name in ("loss", "accuracy", "f1", "pearson", "spearman")
+    },
 }
 
 
@@ -50,7 +53,7 @@ def train(
     Returns:
         What is to be logged of the whole.
     """
-    choice = "loss" if task.head is Head.ANSWERS else task.scores[0]
+    choice = "loss" if task.head is Head.QUESTION_ANSWERING else task.scores[0]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".finetune-") as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -79,7 +82,7 @@ def train(
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=_rows(task, model, tokenizer, training, settings),
             eval_dataset=_rows(task, model, tokenizer, validation, settings),
-            compute_metrics=None if task.head is Head.ANSWERS else _metrics(task),
+            compute_metrics=None if task.head is Head.QUESTION_ANSWERING else _metrics(task),
             callbacks=[_ToMLflow()],
         )
         seconds = trainer.train().metrics["train_runtime"]
@@ -128,11 +131,5 @@ class _ToMLflow(TrainerCallback):
         import mlflow
 
         for name, value in (logs or {}).items():
-            known = _NAMES.get(name)
-            if known is None and name.removeprefix("eval_") in _SCORES:
-                known = f"finetune_validation_{name.removeprefix('eval_')}"
-            if known:
-                mlflow.log_metric(known, value, step=state.global_step)
-
-
-_SCORES = ("accuracy", "f1", "pearson", "spearman")
+            if name in _NAMES:
+                mlflow.log_metric(_NAMES[name], value, step=state.global_step)

@@ -99,7 +99,7 @@ def test_a_question_comes_with_the_window_of_its_answer(data: Path) -> None:
     [
         ({"name": "sst"}, "no task 'sst'"),
         ({"samples": 41}, r"41 samples are more than sst2 has: 40 \(train.jsonl\). Ask for fewer"),
-        ({"config": encoder("ForQuestionAnswering").config}, "needs a model ForSequence"),
+        ({"config": encoder("ForQuestionAnswering").config}, "needs a class ...ForSequence"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str, data: Path) -> None:

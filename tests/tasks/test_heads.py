@@ -24,7 +24,7 @@ def config(architecture: str, labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")) 
     [
         ("BertForSequenceClassification", Head.CLASSIFICATION),
         ("LlamaForSequenceClassification", Head.CLASSIFICATION),
-        ("BertForQuestionAnswering", Head.ANSWERS),
+        ("BertForQuestionAnswering", Head.QUESTION_ANSWERING),
         ("BertForMaskedLM", None),
         ("LlamaForCausalLM", None),
         ("", None),
@@ -50,11 +50,11 @@ def test_labels_are_found_by_their_names() -> None:
         (
             "sst2",
             config("BertModel"),
-            "m is BertModel, and sst2 needs a model ForSequence.*finetune",
+            "m is BertModel, and sst2 needs a class ...ForSequence.*finetune",
         ),
         ("sst2", config(""), "m is a model without architectures in config.json"),
-        ("sst2", config("BertForQuestionAnswering"), "needs a model ForSequenceClassification"),
-        ("squad", config("BertForSequenceClassification"), "needs a model ForQuestionAnswering"),
+        ("sst2", config("BertForQuestionAnswering"), "needs a class ...ForSequenceClassification"),
+        ("squad", config("BertForSequenceClassification"), "needs a class ...ForQuestionAnswering"),
         (
             "mnli",
             config("BertForSequenceClassification"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cur_modifier.tasks.examples import Example
-from cur_modifier.tasks.load import Split, halves, training_split, validation_split
+from cur_modifier.tasks.load import Split, split_by_group, training_split, validation_split
 from cur_modifier.tasks.table import TASKS
 
 from .shared import put_lines, put_squad, real_data
@@ -28,21 +28,21 @@ def sentences(count: int, first: int = 0) -> list[dict[str, Any]]:
     share=st.integers(2, 12),
     seed=st.integers(0, 99),
 )
-def test_halves_part_whole_groups_whatever_the_order(
+def test_groups_part_whole_groups_whatever_the_order(
     groups: list[str], share: int, seed: int
 ) -> None:
     examples = [Example((str(number), group), 0) for number, group in enumerate(groups)]
     distinct = set(groups)
     if len(distinct) < 2:
         with pytest.raises(ValueError, match="of 1 groups can't be split"):
-            halves(examples, share)
+            split_by_group(examples, share)
         return
-    most, held = halves(examples, share)
+    most, held = split_by_group(examples, share)
     assert sorted(most + held, key=lambda e: int(e.texts[0])) == examples
     assert not {e.group for e in most} & {e.group for e in held}
     assert len({e.group for e in held}) == max(1, len(distinct) // share)
     shuffled = random.Random(seed).sample(examples, len(examples))
-    assert set(halves(shuffled, share)[1]) == set(held)
+    assert set(split_by_group(shuffled, share)[1]) == set(held)
 
 
 def test_a_file_for_each_split_is_taken_whole(tmp_path: Path) -> None:
@@ -91,11 +91,11 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_fewer_examples() -> None:
     split = Split(list(range(10)), "file")
-    assert split.first(None) is split.first(10) is split.drawn(None, 0) is split
+    assert split.first(None) is split.first(10) is split.sample(None, 0) is split
     assert split.first(3) == Split([0, 1, 2], "the first 3 of file")
-    drawn = split.drawn(4, 1)
+    drawn = split.sample(4, 1)
     assert len(set(drawn.examples)) == 4 and drawn.origin == "4 drawn from file"
-    assert drawn == split.drawn(4, 1) != split.drawn(4, 2)
+    assert drawn == split.sample(4, 1) != split.sample(4, 2)
 
 
 def test_the_hub_is_asked_by_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def test_transformers_has_the_class(head: Head) -> None:
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_every_task_is_whole(task: Task) -> None:
     assert task.scores
-    if task.head is Head.ANSWERS:
+    if task.head is Head.QUESTION_ANSWERING:
         assert not task.labels and task.outputs == 2 and not task.is_regression
     else:
         assert task.texts and task.outputs == max(1, len(task.labels))
