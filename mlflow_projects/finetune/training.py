@@ -72,6 +72,7 @@ def train(
             load_best_model_at_end=True,
             metric_for_best_model=choice,
             greater_is_better=choice != "loss",
+            logging_first_step=True,
             logging_steps=10,
             report_to="none",  # our own names, in the run that is active
             dataloader_pin_memory=False,
