@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 EVALUATION_LENGTH = 1024  # tokens a window
+FETCHED = ("minilm", "smollm2")  # models that tools/NAME.py fetches where no hub is reached
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -189,14 +191,14 @@ def _check_part(path: Path, name: Any, part: Any, kind: str, ending: str) -> Non
 
 
 def model_source(name: str) -> str:
-    """What transformers loads: a directory as a whole path, `smollm2` as the one it lies in, or a
-    hub name.
+    """What transformers loads: a directory as a whole path, `smollm2` or `minilm` as the one it
+    lies in, or a hub name.
 
     Raises:
-        FileNotFoundError: a path where no checkpoint lies, or ``smollm2`` outside a clone.
+        FileNotFoundError: a path where no checkpoint lies, or one of our names outside a clone.
     """
-    if name == "smollm2":
-        return _smollm2()
+    if name in FETCHED:
+        return _fetched(name)
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -207,18 +209,18 @@ def model_source(name: str) -> str:
     return name
 
 
-def _smollm2() -> str:
+def _fetched(name: str) -> str:
+    module = f"tools.{name}"
     try:
-        from tools.smollm2 import smollm2
+        return str(getattr(import_module(module), name)())
     except ModuleNotFoundError as error:
-        if error.name not in ("tools", "tools.smollm2"):
+        if error.name not in ("tools", module):
             raise
         raise FileNotFoundError(
-            "model smollm2 is fetched by tools/smollm2.py of cur_modifier's repository, which is "
-            "not installed here. Run `python tools/smollm2.py` in a clone and give the directory "
-            "that it prints, or name another model."
+            f"model {name} is fetched by tools/{name}.py of cur_modifier's repository, which is "
+            f"not installed here. Run `python -m {module}` in a clone and give the directory that "
+            "it prints, or name another model."
         ) from None
-    return str(smollm2())
 
 
 def compress(

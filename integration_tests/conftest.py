@@ -35,6 +35,7 @@ from transformers import (
 
 import cur_modifier  # noqa: F401 - registers the stage and the quantizer
 from cur_modifier.data import calibration_dataset
+from tools.minilm import minilm as fetch_minilm
 from tools.smollm2 import smollm2 as fetch_smollm2
 
 
@@ -86,6 +87,12 @@ def log() -> Iterator[list[str]]:
 def smollm2() -> Path:
     """Directory of SmolLM2-135M-Instruct, float32."""
     return fetch_smollm2()
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Directory of all-MiniLM-L6-v2, float32."""
+    return fetch_minilm()
 
 
 @pytest.fixture(scope="session")

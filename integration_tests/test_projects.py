@@ -10,6 +10,7 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
+from encoders import put_encoder, put_tasks
 from mlflow import MlflowClient
 from small_disk import small_disk
 from support import REPOSITORY, refusal, run_project
@@ -161,7 +162,7 @@ def documented(kind: str) -> list[str]:
 def test_what_is_logged_is_what_the_table_says(
     bench_model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Every metric and artifact of a stage with healing and of four projects is in the table, and
+    """Every metric and artifact of a stage with healing and of five projects is in the table, and
     `mlflow.search_runs` finds every metric that it names."""
     store = f"sqlite:///{tmp_path / 'store.db'}"
     for name, more in {"angular": {"refine": {"epochs": 1}}, "sensitivity": {}}.items():
@@ -192,11 +193,16 @@ def test_what_is_logged_is_what_the_table_says(
     done = run_project("bench/factorize", store, **given, output=tmp_path / "factorize.json")
     assert done.returncode == 0, done.stderr[-4000:]
 
+    given = {"model": put_encoder(tmp_path / "encoder"), "task": "sst2", "epochs": 1}
+    given |= {"task_data": put_tasks(tmp_path / "data"), "output": tmp_path / "tuned"}
+    done = run_project("finetune", store, **given)
+    assert done.returncode == 0, done.stderr[-4000:]
+
     mlflow.set_tracking_uri(store)
     found = mlflow.search_runs(["0"])
     metrics = {c.removeprefix("metrics.") for c in found if c.startswith("metrics.")}
     places = {"TEXT": "text", "TASK": "piqa", "METRIC": "acc", "NAME": "perplexity/text"}
-    places |= {"SHAPE": "12x12", "METHOD": "id optimal"}
+    places |= {"SHAPE": "12x12", "METHOD": "id optimal", "GLUE": "sst2", "SCORE": "accuracy"}
     named = set()
     for name in documented("metric"):
         for place, value in places.items():

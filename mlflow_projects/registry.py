@@ -13,12 +13,18 @@ from mlflow.entities import LifecycleStage
 CHECKPOINT = "checkpoint"  # the tag of a logged model that holds its directory
 
 
-def register(run_id: str, name: str, checkpoint: Path, params: Mapping[str, str]) -> Any:
+def register(
+    run_id: str,
+    name: str,
+    checkpoint: Path,
+    params: Mapping[str, str],
+    model_type: str = "causal-lm",
+) -> Any:
     """The checkpoint as a logged model of the run, by reference: its bytes are not copied."""
     return mlflow.create_external_model(
         name=re.sub(r"[/:.%\"']", "-", name),  # which MLflow refuses in names
         source_run_id=run_id,
-        model_type="causal-lm",
+        model_type=model_type,
         tags={CHECKPOINT: str(checkpoint)},
         params=dict(params),
     )

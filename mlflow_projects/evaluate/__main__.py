@@ -3,19 +3,19 @@
     mlflow run mlflow_projects/evaluate -P model=$PWD/out -P data=$PWD/wiki.test.raw \
         -P tasks=boolq,piqa -P task_data=$PWD/zeroshot --env-manager local
 
-MODEL is a directory, a hub name or `smollm2`; DATA names texts, comma-separated (files, folders or
-hub names); TASKS those of lm-eval, asked of the hub or of local files (TASK_DATA, laid out as
-local_tasks.py says). BACKEND is `transformers`, `vllm` (which starts a server and ends it) or the
-URL of a server that serves the model. BASELINE is a second model, the dense one usually, measured
-in the same run. A checkpoint that `compress` registered gets the figures too: its logged model, and
-the run that made it.
+MODEL is a directory, a hub name, `smollm2` or `minilm`; DATA names texts, comma-separated (files,
+folders or hub names). TASKS of a causal language model are lm-eval's. Those
+of a model for classification or question answering are of GLUE (sst2, mrpc, qnli, stsb, mnli, qqp)
+or SQuAD (squad, squad_v2). Either comes from the hub, or from local files: TASK_DATA, laid out as
+local_tasks.py and cur_modifier/tasks/files.py say. BACKEND is `transformers`, `vllm` (which starts
+a server and ends it) or the URL of a server that serves the model. BASELINE is a second model, the
+dense one usually, measured in the same run. A checkpoint that `compress` or `finetune` registered
+gets the figures too: its logged model, and the run that made it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import signal
 import sys
@@ -28,77 +28,21 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from cur_modifier.compress import model_source
-from mlflow_projects.arguments import count, count_or_none, elsewhere, names, text_name
+from cur_modifier.tasks import find_task
+from mlflow_projects.arguments import elsewhere, text_name
+from mlflow_projects.evaluate.heads import HeadTasks, has_task_head
+from mlflow_projects.evaluate.options import parse
+from mlflow_projects.evaluate.report import as_csv, as_table, log
 from mlflow_projects.evaluate.tasks import BadInputError, Figure, Tasks
 
 PROJECT = Path(__file__).resolve().parent
+CAUSAL = "AutoModelForCausalLM"
 TASK_LENGTH = 2048  # tokens of a prompt that tasks may need
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked as far as it can be without loading a model."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=names, default=[], help="texts, comma-separated")
-    parser.add_argument("--windows", type=count, default=24, help="windows of each text")
-    parser.add_argument("--sequence-length", type=count, default=1024, help="tokens a window")
-    parser.add_argument(
-        "--stride", type=count_or_none, default=None, help="tokens between windows; 0: no overlap"
-    )
-    parser.add_argument("--tasks", type=names, default=[], help="of lm-eval, comma-separated")
-    parser.add_argument("--task-data", default="", help="folder of the tasks' questions")
-    parser.add_argument(
-        "--limit", type=count_or_none, default=None, help="questions a task; 0: all"
-    )
-    parser.add_argument("--few-shot", type=float, default=-1, help="-1: as each task has it")
-    parser.add_argument(
-        "--batch-size", type=count, default=8, help="questions at a time, in transformers"
-    )
-    parser.add_argument("--backend", default="transformers", help="transformers, vllm, or a URL")
-    parser.add_argument(
-        "--dtype",
-        default="",
-        choices=["", "float32", "bfloat16", "float16"],
-        help="float32 in transformers and the checkpoint's own in vLLM by default",
-    )
-    parser.add_argument("--baseline", default="", help="a model to compare with")
-    options = parser.parse_args(arguments)
-
-    if not options.data and not options.tasks:
-        parser.error("nothing to measure: give data=TEXT, tasks=NAMES, or both.")
-    if options.baseline == options.model:
-        parser.error(f"the baseline is the model itself, {options.model}. Name another, or none.")
-    if options.stride is not None and options.stride > options.sequence_length:
-        parser.error(
-            f"stride {options.stride} leaves out tokens between windows of "
-            f"{options.sequence_length}. Give at most that, or 0 for no overlap."
-        )
-    if options.few_shot not in (-1, *range(100)):
-        parser.error(f"few_shot {options.few_shot:g} is not a whole number from 0, nor -1.")
-    options.few_shot = None if options.few_shot < 0 else int(options.few_shot)
-    url = options.backend.startswith(("http://", "https://"))
-    if not url and options.backend not in ("transformers", "vllm"):
-        parser.error(
-            f"backend {options.backend!r} is not transformers, vllm or the URL of a server."
-        )
-    if url and options.dtype:
-        parser.error(
-            f"{options.backend} serves in a dtype of its own, so {options.dtype} would have no "
-            "effect. Leave dtype out."
-        )
-    if url and options.baseline:
-        parser.error(
-            f"{options.backend} serves one model, so it can't measure a baseline as well. Evaluate "
-            "the baseline by itself, or give backend=vllm."
-        )
-    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Check, measure, log, print."""
-    options = parse(arguments)
+    options = parse(__doc__, arguments)
     from mlflow_projects.evaluate.backends import BackendError
 
     try:
@@ -114,11 +58,11 @@ def evaluate(options: argparse.Namespace) -> None:
     from mlflow_projects.registry import registered
 
     sources = {name: _source(name) for name in _models(options)}
+    tasks, auto_class = _tasks(options, sources)
     documents = _documents(options)
     texts = _windows(documents, sources[options.model], options)
     if options.baseline:
         _check_tokens(options, texts, _windows(documents, sources[options.baseline], options))
-    tasks = _tasks(options)
     _check_backend(options)
 
     with mlflow.start_run() as run:
@@ -129,24 +73,28 @@ def evaluate(options: argparse.Namespace) -> None:
             )
         figures: dict[str, list[Figure]] = {}
         for name, source in sources.items():
-            figures[name], raw = _measured(source, texts, tasks, options)
+            figures[name], raw = _measured(source, auto_class, texts, tasks, options)
             if raw is not None:
                 mlflow.log_dict(raw, f"lm_eval-{_role(name, options)}.json")
-            _log(figures[name], _role(name, options), model)
-        mlflow.log_text(_csv(figures), "figures.csv")
+            log(figures[name], _role(name, options), model)
+        mlflow.log_text(as_csv(figures), "figures.csv")
         if options.baseline:
             from mlflow_projects.figures import before_after
 
             mlflow.log_figure(before_after(*figures.values()), "before_after.png")
-        print(_table(figures))
+        print(as_table(figures))
         print(f"MLflow run {run.info.run_id}" + (f", model {model.model_id}" if model else ""))
 
 
 def _measured(
-    source: str, texts: Mapping[str, Any], tasks: Tasks | None, options: argparse.Namespace
+    source: str,
+    auto_class: str,
+    texts: Mapping[str, Any],
+    tasks: Tasks | HeadTasks | None,
+    options: argparse.Namespace,
 ) -> tuple[list[Figure], dict[str, Any] | None]:
     """All figures of one model, with lm-eval's own results. The model is gone afterwards."""
-    with _backend(options, source) as backend:
+    with _backend(options, source, auto_class) as backend:
         figures = list(_perplexities(backend, texts, options))
         if tasks is None:
             return figures, None
@@ -225,11 +173,22 @@ def _check_tokens(
             )
 
 
-def _tasks(options: argparse.Namespace) -> Tasks | None:
+def _tasks(
+    options: argparse.Namespace, sources: Mapping[str, str]
+) -> tuple[Tasks | HeadTasks | None, str]:
+    """The tasks, and the class of transformers that loads a model for them."""
+    from transformers import AutoConfig
+
     if not options.tasks:
-        return None
+        return None, CAUSAL
     try:
-        return Tasks(options)
+        configs = {name: AutoConfig.from_pretrained(source) for name, source in sources.items()}
+    except (OSError, ValueError) as error:
+        raise BadInputError(str(error)) from None
+    try:
+        if not has_task_head(configs[options.model], options.tasks):
+            return Tasks(options), CAUSAL
+        return HeadTasks(options, configs), find_task(options.tasks[0]).head.auto_class
     except OSError as error:
         raise BadInputError(f"{error}{elsewhere(options.task_data, PROJECT)}") from None
 
@@ -256,12 +215,12 @@ def _check_backend(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _backend(options: argparse.Namespace, source: str) -> Iterator[Any]:
+def _backend(options: argparse.Namespace, source: str, auto_class: str) -> Iterator[Any]:
     from mlflow_projects.evaluate.backends import transformers_backend, url_backend, vllm_backend
 
     with ExitStack() as stack:
         if options.backend == "transformers":
-            chosen = transformers_backend(source, options.dtype, options.batch_size)
+            chosen = transformers_backend(source, options.dtype, options.batch_size, auto_class)
         elif options.backend == "vllm":
             longest = max(options.sequence_length + 1, TASK_LENGTH if options.tasks else 0)
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="evaluate-"))
@@ -269,44 +228,6 @@ def _backend(options: argparse.Namespace, source: str) -> Iterator[Any]:
         else:
             chosen = url_backend(options.backend, source)
         yield stack.enter_context(chosen)
-
-
-def _log(figures: list[Figure], role: str, model: Any | None) -> None:
-    """To this run; the model's own also to its logged model and the run that made it."""
-    import mlflow
-
-    prefix = "" if role == "model" else "baseline/"
-    values = {f"{prefix}{f.name}": f.value for f in figures}
-    values |= {f"{prefix}{f.name}_stderr": f.stderr for f in figures if f.stderr is not None}
-    if role != "model" or model is None:
-        mlflow.log_metrics(values)
-        return
-    mlflow.log_metrics(values, model_id=model.model_id)
-    mlflow.log_metrics(values, run_id=model.source_run_id)
-
-
-def _csv(figures: Mapping[str, list[Figure]]) -> str:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["model", "figure", "value", "standard_error", "of"])
-    for name, found in figures.items():
-        rows.writerows([name, f.name, f.value, f.stderr, f.of] for f in found)
-    return text.getvalue()
-
-
-def _table(figures: Mapping[str, list[Figure]]) -> str:
-    """A line a figure, a column a model."""
-    columns = list(figures)
-    width = max(len(f.name) for found in figures.values() for f in found) + 2
-    lines = [f"\n{'':<{width}}" + "".join(f"{Path(name).name[-22:]:>24}" for name in columns)]
-    for index, first in enumerate(figures[columns[0]]):
-        cells = ""
-        for name in columns:
-            found = figures[name][index]
-            spread = "" if found.stderr is None else f" ± {found.stderr:.4f}"
-            cells += f"{f'{found.value:.4f}{spread}':>24}"
-        lines.append(f"{first.name:<{width}}{cells}   {first.of}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

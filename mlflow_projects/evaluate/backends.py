@@ -93,14 +93,22 @@ class Served:
 
 
 @contextmanager
-def transformers_backend(source: str, dtype: str, batch_size: int) -> Iterator[InProcess]:
-    """The model in this process, float32 unless ``dtype`` says otherwise."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def transformers_backend(
+    source: str, dtype: str, batch_size: int, auto_class: str
+) -> Iterator[InProcess]:
+    """The model in this process, float32 unless ``dtype`` says otherwise.
+
+    Args:
+        auto_class: of transformers, which loads it with the head that is asked.
+    """
+    import transformers
 
     import cur_modifier  # noqa: F401 - registers the format
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype or "float32"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = getattr(transformers, auto_class).from_pretrained(
+        source, dtype=getattr(torch, dtype or "float32")
+    )
     if torch.cuda.is_available():
         model.to("cuda")
     yield InProcess(model, tokenizer, batch_size)

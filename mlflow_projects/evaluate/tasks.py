@@ -11,6 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cur_modifier.tasks import TASKS
+
+_HEADS = (
+    " GLUE and SQuAD need a model for classification or question answering, which "
+    "mlflow_projects/finetune makes."
+)
+
 
 class BadInputError(ValueError):
     """What the user gave can't be evaluated; the message says why and what to do."""
@@ -59,6 +66,7 @@ class Tasks:
             raise BadInputError(
                 f"lm-eval knows no task {', '.join(unknown)}"
                 + (f"; near it: {', '.join(near)}." if near else ".")
+                + (_HEADS if unknown[0] in TASKS else "")
             )
         try:
             self._manager.load(options.tasks)
