@@ -35,6 +35,11 @@ def test_there_are_recipes() -> None:
         "id_refined",
         "id_refined_then_gptq",
         "id_then_gptq",
+        "prune",
+        "prune_free",
+        "prune_refined",
+        "prune_then_gptq",
+        "prune_then_id",
     }
 
 
@@ -51,7 +56,12 @@ def test_runs_as_it_is(path: Path, tiny: Any, tiny_data: Any, tmp_path: Path) ->
     oneshot(model=tiny, dataset=tiny_data, recipe=str(path), processor=NO_PROCESSOR)
     factored = [m for m in tiny.modules() if isinstance(m, FactoredLinear)]
     budget = "budget: sensitivity" in path.read_text()  # under which a module may stay dense
-    assert len(factored) in (30, 7 * 13) or (budget and 7 * 10 < len(factored) < 7 * 13)
+    if path.stem.startswith("prune"):
+        neurons = [layer.mlp.down_proj.in_features for layer in tiny.model.layers]
+        assert sum(neurons) < 13 * 512 and all(count % 64 == 0 for count in neurons)
+        assert bool(factored) == (path.stem == "prune_then_id")
+    else:
+        assert len(factored) in (30, 7 * 13) or (budget and 7 * 10 < len(factored) < 7 * 13)
     tiny.save_pretrained(tmp_path / "out", save_compressed=True)
     saved = tmp_path / "out" / "recipe_as_given.yaml"
     assert holds(yaml.safe_load(saved.read_text()), yaml.safe_load(path.read_text()))

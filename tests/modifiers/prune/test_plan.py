@@ -19,7 +19,9 @@ from .stages import LAYERS, stage
 
 
 @pytest.mark.parametrize("shapes", ["uniform", "free"])
-@pytest.mark.parametrize("budget", [{"ratio": 0.8}, {"macs": 0.8, "sequence_length": 8}, {"parameters": 0.9}])
+@pytest.mark.parametrize(
+    "budget", [{"ratio": 0.8}, {"macs": 0.8, "sequence_length": 8}, {"parameters": 0.9}]
+)
 def test_counts_keep_the_budget(
     model: Any, batches: Any, recipe: Callable[..., Any], shapes: str, budget: dict[str, float]
 ) -> None:
@@ -65,7 +67,7 @@ def test_what_cannot_be_is_refused_without_data(
 
 
 def test_no_data_is_refused(model: Any, recipe: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="no calibration data.*`dataset=`"):
+    with pytest.raises(ValueError, match=r"no calibration data.*`dataset=`"):
         check(recipe(stage()), model, None)
 
 
