@@ -90,7 +90,17 @@ def by_server(server: Any, prompt: list[int], steps: int) -> Answers:
     return Answers(torch.tensor(logprobs), continued["choices"][0]["token_ids"])
 
 
-def serve_quietly(path: Path, log: Path, *arguments: str, dtype: str = "float32") -> Any:
+# Stock vLLM: no plugin is loaded, ours neither.
+WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}
+
+
+def serve_quietly(
+    path: Path,
+    log: Path,
+    *arguments: str,
+    dtype: str = "float32",
+    environment: Mapping[str, str] | None = None,
+) -> Any:
     """The context of a ``vllm serve path`` that keeps factors and leaves room for others."""
     return vllm_server.serve(
         path,
@@ -98,16 +108,23 @@ def serve_quietly(path: Path, log: Path, *arguments: str, dtype: str = "float32"
         *("--additional-config", json.dumps(KEEP_FACTORS)),
         *arguments,
         log=log,
-        environment=ONE_THREAD,
+        environment=ONE_THREAD | dict(environment or {}),
         timeout=800,
     )
 
 
 def served(
-    path: Path, log: Path, prompt: list[int], steps: int, *arguments: str, dtype: str = "float32"
+    path: Path,
+    log: Path,
+    prompt: list[int],
+    steps: int,
+    *arguments: str,
+    dtype: str = "float32",
+    environment: Mapping[str, str] | None = None,
 ) -> Answers:
     """What ``vllm serve path`` answers."""
-    with serve_quietly(path, log, *arguments, dtype=dtype) as server:
+    settings: dict[str, Any] = {"dtype": dtype, "environment": environment}
+    with serve_quietly(path, log, *arguments, **settings) as server:
         return by_server(server, prompt, steps)
 
 

@@ -195,12 +195,12 @@ def test_free_shapes_spend_the_budget_and_load_with_what_they_ship(
     llama: Any, tiny_data: Dataset, tmp_path: Path
 ) -> None:
     before = sum(p.numel() for layer in llama.model.layers for p in layer.parameters())
-    model = pruned(llama, tiny_data, {"budget": {"ratio": 0.7}, "shapes": "free"}, GPTQ)
+    model = pruned(llama, tiny_data, {"budget": {"ratio": 0.75}, "shapes": "free"}, GPTQ)
     counts = [layer.mlp.down_proj.in_features for layer in model.model.layers]
     assert len(set(counts)) > 1 and all(count % 64 == 0 for count in counts)
     config = saved(model, tmp_path / "out")
     after = before - sum(3 * 128 * (256 - c) for c in counts)
-    assert 0.6 < after / before <= 0.7
+    assert 0.65 < after / before <= 0.75
     assert config["quantization_config"]["version"] == 2
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM as M\n"
@@ -266,7 +266,8 @@ def test_other_architectures_and_heads(
 def test_labels_make_the_loss_the_task_s(tiny_data: Dataset, tmp_path: Path) -> None:
     torch.manual_seed(0)
     OTHERS["bert_classifier"]().save_pretrained(tmp_path / "dense")
-    labelled = tiny_data.add_column("labels", [number % 3 for number in range(len(tiny_data))])
+    # A list of one: llm-compressor's collator takes the length of every column.
+    labelled = tiny_data.add_column("labels", [[number % 3] for number in range(len(tiny_data))])
     counts = []
     for data in (tiny_data, labelled):
         model = BertForSequenceClassification.from_pretrained(tmp_path / "dense")

@@ -97,7 +97,7 @@ def _measured(model: Any, calibration: Calibration, **stages: dict[str, Any]) ->
     oneshot(
         model=model,
         dataset=windows_dataset(calibration.windows),
-        recipe=yaml.safe_dump({"compress_stage": recipe}),
+        recipe=yaml.safe_dump({"compress_stage": recipe}, sort_keys=False),
     )
     # By difference, so that factors count wherever in the model a stage puts them.
     return 1 - (whole - parameter_count(model)) / before
