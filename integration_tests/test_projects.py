@@ -165,12 +165,17 @@ def test_what_is_logged_is_what_the_table_says(
     """Every metric and artifact of a stage with healing and of five projects is in the table, and
     `mlflow.search_runs` finds every metric that it names."""
     store = f"sqlite:///{tmp_path / 'store.db'}"
+    recipes = {}
     for name, more in {"angular": {"refine": {"epochs": 1}}, "sensitivity": {}}.items():
         cur = {"rank": {"fixed": 8}, "layers": {"select": name, "count": 1}, **more}
         stage: dict[str, Any] = {"cur_modifiers": {"CURModifier": cur}}
         if more:
             heal = {"steps": 2, "batch_size": 1, "warmup_steps": 1, "validate_every": 1}
             stage["healing_modifiers"] = {"CURHealModifier": heal}
+        recipes[name] = stage
+    prune = {"units": ["neurons", "heads"], "budget": {"ratio": 0.7}, "multiple_of": 16}
+    recipes["removal"] = {"prune_modifiers": {"IDPruningModifier": prune}}
+    for name, stage in recipes.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"compress_stage": stage}))
         given = {"model": bench_model, "recipe": tmp_path / f"{name}.yaml", "data": text}
         given |= {"samples": 4, "sequence_length": 64, "output": tmp_path / name}
