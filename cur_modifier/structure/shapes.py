@@ -17,9 +17,11 @@ __all__ = ["config_fields", "config_with", "shapes_with"]
 _MOST_FIELDS = 3
 
 
-def config_fields(model: Any, units: Sequence[Units], counts: Mapping[Kind, int]) -> dict[str, int]:
+def config_fields(
+    model: Any, units: Sequence[Units], counts: Mapping[Kind, int]
+) -> dict[str, int] | None:
     """Fields of the text config, with their new values, under which the model's class builds all
-    layers with ``counts`` units of each kind; empty where there are none.
+    layers with ``counts`` units of each kind; None where no fields do.
 
     Fields are tried that hold the number of units, or of query heads, now; then those that hold
     nothing, as GPT-2's ``n_inner``. Heads keep their size where the config has a field for it.
@@ -29,6 +31,8 @@ def config_fields(model: Any, units: Sequence[Units], counts: Mapping[Kind, int]
     found: dict[str, int] = {}
     for kind, count in counts.items():
         own = [each for each in units if each.kind == kind]
+        if all(each.count == count for each in own):
+            continue
         others = [each for each in units if each.kind != kind]
         unchanged = {each.consumer: each.count for each in others}
         wanted = shapes_with(model, units, {each.consumer: count for each in own} | unchanged)
@@ -37,9 +41,9 @@ def config_fields(model: Any, units: Sequence[Units], counts: Mapping[Kind, int]
                 found |= fields
                 break
         else:
-            return {}
+            return None
     every = {each.consumer: counts[each.kind] for each in units}
-    return found if _built(model, found) == shapes_with(model, units, every) else {}
+    return found if _built(model, found) == shapes_with(model, units, every) else None
 
 
 def config_with(config: Any, fields: Mapping[str, int]) -> Any:

@@ -14,7 +14,8 @@ pytest.importorskip("llmcompressor")
 
 from cur_modifier.passes.context import trial
 from cur_modifier.structure.layers import decoder_layers
-from cur_modifier.structure.removal import Kind, Units, find_units, remove
+from cur_modifier.structure.removal import Kind, Units, remove
+from cur_modifier.structure.search import find_units
 from cur_modifier.structure.shapes import config_fields, config_with, shapes_with
 
 from .models import built
@@ -75,7 +76,7 @@ def test_the_fields_of_a_kind_are_found(name: str, kind: Kind) -> None:
     model, found = searched(name)
     units = [each for each in found if each.kind == kind]
     before = model.config.to_dict()
-    assert config_fields(model, units, {kind: COUNTS[kind]}) == FIELDS[name][kind]
+    assert config_fields(model, units, {kind: COUNTS[kind]}) == (FIELDS[name][kind] or None)
     assert model.config.to_dict() == before
 
 
@@ -83,10 +84,9 @@ def test_the_fields_of_a_kind_are_found(name: str, kind: Kind) -> None:
 def test_fields_of_both_kinds_go_together_or_not_at_all(name: str) -> None:
     model, found = searched(name)
     counts = {kind: COUNTS[kind] for kind in FIELDS[name]}
-    wanted: dict[str, int] = {}
+    wanted: dict[str, int] | None = None
     if all(FIELDS[name].values()):
-        for fields in FIELDS[name].values():
-            wanted |= fields
+        wanted = {key: value for fields in FIELDS[name].values() for key, value in fields.items()}
     assert config_fields(model, found, counts) == wanted
 
 
@@ -96,6 +96,7 @@ def test_the_class_builds_the_pruned_model(name: str) -> None:
     counts = {kind: COUNTS[kind] for kind in FIELDS[name]}
     model = pruned(name, found, counts)
     fields = config_fields(original, found, counts)
+    assert fields
     fresh = type(model)(config_with(original.config, fields)).eval()
     assert shapes_of(fresh) == shapes_of(model)
     fresh.load_state_dict(model.state_dict())
@@ -108,13 +109,14 @@ def test_what_is_built_is_found_again(name: str) -> None:
     original, found = searched(name)
     units = [each for each in found if each.kind == "neurons"]
     model = pruned(name, units, COUNTS)
-    for field, value in config_fields(original, units, {"neurons": 16}).items():
+    for field, value in (config_fields(original, units, {"neurons": 16}) or {}).items():
         setattr(model.config, field, value)
     with trial(model) as run:
         layers = [name for name, _ in decoder_layers(model)]
         again = find_units(model, layers, ["neurons"], run)
     assert [each.count for each in again] == [16, 16]
-    assert config_fields(model, again, {"neurons": 8}).popitem()[1] == 8
+    [value] = (config_fields(model, again, {"neurons": 8}) or {}).values()
+    assert value == 8
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -135,12 +137,13 @@ def test_a_count_that_a_field_cannot_say_in_all_layers_has_none() -> None:
     """The other layers would be built smaller as well."""
     model, found = searched("grouped Llama")
     first = [each for each in found if each.layer.endswith(".0")]
-    assert config_fields(model, first, {"neurons": 16}) == {}
+    assert config_fields(model, first, {"neurons": 16}) is None
 
 
-def test_no_kind_has_no_field() -> None:
+def test_what_stays_as_it_is_needs_no_field() -> None:
     model, found = searched("grouped Llama")
     assert config_fields(model, found[:0], {}) == {}
+    assert config_fields(model, found, {each.kind: each.count for each in found}) == {}
 
 
 def test_a_config_with_other_fields_is_a_copy() -> None:

@@ -8,24 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.utils import is_match
 from loguru import logger
 from torch import nn
 
-from cur_modifier.forms.base import is_factored
 from cur_modifier.linalg import damped, growth_by_count, shrunk
-from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.prune.budget import Costs, by_sensitivity, costs_of, evenly
+from cur_modifier.modifiers.prune.checks import (
+    check_data,
+    check_followers,
+    check_multiples,
+    check_shapes,
+    check_weights,
+    fields_for,
+    is_decoder,
+    wanted_units,
+)
 from cur_modifier.modifiers.prune.settings import PruneSettings
-from cur_modifier.passes.context import trial
 from cur_modifier.passes.samples import collect_samples
 from cur_modifier.passes.sensitivity import Sensitivity, load_or_measure
 from cur_modifier.structure.layers import decoder_layers
-from cur_modifier.structure.operators import as_matrix
-from cur_modifier.structure.removal import Kind, Units, dense_matrices, find_units
-from cur_modifier.structure.shapes import config_fields
-from cur_modifier.structure.units import is_quantized
-from cur_modifier.training.schedule import split
+from cur_modifier.structure.removal import Kind, Units
 
 __all__ = ["Plan", "check", "make_plan", "put_counts"]
 
@@ -91,19 +93,12 @@ def check(settings: PruneSettings, model: Any, batches: Any) -> Plan:
             the remedy.
     """
     layers = decoder_layers(model)
-    _check_data(settings, batches)
-    _check_weights(model, [name for name, _ in layers])
-    units = _wanted(settings, model, layers)
-    if settings.shapes == "uniform":
-        _check_uniform(model, units)
-    elif "heads" in settings.units and settings.served and _is_decoder(model):
-        raise ValueError(
-            "shapes 'free' with heads gives every layer its own number of heads, and vLLM keeps "
-            "one cache of keys and values, of one shape for all layers. Write `shapes: uniform`, "
-            "or `units: [neurons]`; or `served: false` where transformers alone runs the model."
-        )
-    _check_multiples(settings, units)
-    _check_followers(settings, model, units)
+    check_data(settings, batches)
+    check_weights(model, layers)
+    units = wanted_units(settings, model, layers)
+    check_shapes(settings, model, layers, units)
+    check_multiples(settings, units)
+    check_followers(settings, model, units)
     budget = settings.budget
     plan = Plan(
         settings, layers, units, costs_of(model, units, budget.measure, budget.sequence_length)
@@ -111,8 +106,8 @@ def check(settings: PruneSettings, model: Any, batches: Any) -> Plan:
     # Whether the budget can hold shows before any data: with all units as dear.
     flat = {u.consumer: torch.linspace(1, 0, u.count + 1).double() for u in units}
     counts = _counts(plan, flat)
-    if settings.shapes == "uniform" and not config_fields(model, units, _by_kind(units, counts)):
-        raise ValueError(_not_in_config(model, units))
+    if settings.shapes == "uniform":
+        fields_for(model, units, counts)
     return plan
 
 
@@ -133,7 +128,7 @@ def make_plan(draft: Plan, model: nn.Module, batches: Any) -> Plan:
     growth = {name: float(curve[counts[name]]) for name, curve in curves.items()}
     fields: dict[str, int] = {}
     if settings.shapes == "uniform":
-        fields = config_fields(model, draft.units, _by_kind(draft.units, counts))
+        fields = fields_for(model, draft.units, counts)
     plan = replace(draft, counts=counts, growth=growth, fields=fields, sensitivity=sensitivity)
     left = plan.costs.left(plan.units, counts) / plan.costs.total
     for kind in settings.units:
@@ -155,153 +150,6 @@ def put_counts(model: Any, plan: Plan) -> None:
             setattr(text, name, value)
 
 
-def _wanted(
-    settings: PruneSettings, model: Any, layers: Sequence[tuple[str, nn.Module]]
-) -> list[Units]:
-    with trial(model) as run:
-        # Attention comes first: neurons are fitted to what it answers without its heads.
-        kinds = sorted(settings.units)
-        found = find_units(model, [name for name, _ in layers], kinds, run)
-    for kind in settings.units:
-        if not any(each.kind == kind for each in found):
-            raise ValueError(_none_found(model, layers, kind))
-    wanted = [
-        each
-        for each in found
-        if _matches(model, each.consumer, settings.targets)
-        and not _matches(model, each.consumer, settings.ignore)
-    ]
-    if not wanted:
-        consumers = ", ".join(dict.fromkeys(u.consumer.rpartition(".")[2] for u in found))
-        raise ValueError(
-            f"targets {settings.targets} without ignore {settings.ignore} match no consumer of "
-            f"{settings.units}. A target names the module that reads the units: {consumers}. "
-            "Regular expressions start with 're:', e.g. 're:.*down_proj$'."
-        )
-    missing = {name for name, _ in layers} - {each.layer for each in found}
-    if missing:
-        logger.warning(
-            f"{len(missing)} layers have no {' or '.join(settings.units)} that can be removed, and "
-            f"stay as they are: {sorted(missing)[:4]}"
-        )
-    return wanted
-
-
-def _none_found(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], kind: Kind) -> str:
-    name, layer = layers[0]
-    modules = dict(layer.named_modules(prefix=name))
-    factored = [n for n, m in modules.items() if is_factored(m)]
-    quantized = [n for n, m in modules.items() if is_quantized(m)]
-    text = f"no {kind} of {type(model).__name__} can be removed. "
-    if factored:
-        return text + (
-            f"{factored[0]} is factored by an earlier stage: put IDPruningModifier before "
-            "CURModifier, or give CURModifier other targets."
-        )
-    if quantized:
-        return text + (
-            f"{quantized[0]} is quantized: remove units first, or load the full-precision "
-            "checkpoint."
-        )
-    tying = [
-        n
-        for n, m in modules.items()
-        if as_matrix(m) is None and any(p.ndim == 1 for p in m.parameters(recurse=False))
-    ]
-    return text + (
-        "It was tried, on a copy of a layer, to leave out some of them: the layer did not answer "
-        f"as with zeros in their place. What may tie them together: {', '.join(tying) or 'nothing'}"
-        " (a norm over all of them), positions that depend on their number, or a router. Choose "
-        f"other `units` than {kind}."
-    )
-
-
-def _matches(model: nn.Module, name: str, patterns: Sequence[str]) -> bool:
-    return bool(is_match(name, model.get_submodule(name), list(patterns)))
-
-
-def _check_uniform(model: Any, units: Sequence[Units]) -> None:
-    for kind in dict.fromkeys(u.kind for u in units):
-        counts = {u.count for u in units if u.kind == kind}
-        layers = len({u.layer for u in units if u.kind == kind})
-        every = len([n for n, _ in decoder_layers(model)])
-        if len(counts) > 1 or layers < every:
-            raise ValueError(
-                f"shapes 'uniform' with {kind} in {layers} of {every} layers ({sorted(counts)} of "
-                "them): config.json has one number for all layers. Target all layers, or write "
-                "`shapes: free`."
-            )
-
-
-def _not_in_config(model: Any, units: Sequence[Units]) -> str:
-    kinds = ", ".join(dict.fromkeys(u.kind for u in units))
-    return (
-        f"shapes 'uniform' with units {kinds}: no fields of {type(model.config).__name__} make "
-        f"{type(model).__name__} build layers with fewer of them (its head size follows from the "
-        "hidden size, or it builds the MLP otherwise). Write `shapes: free`, or `units: [neurons]`."
-    )
-
-
-def _check_multiples(settings: PruneSettings, units: Sequence[Units]) -> None:
-    for each in units:
-        if each.kind == "neurons" and settings.multiple_of > each.count // 2:
-            raise ValueError(
-                f"{each.layer} has {each.count} neurons, and multiple_of {settings.multiple_of} "
-                f"leaves no choice among their multiples. Use {max(each.count // 16, 1)} or less."
-            )
-
-
-def _check_weights(model: nn.Module, layers: Sequence[str]) -> None:
-    for name, module in (item for n in layers for item in dense_matrices(model, n).items()):
-        bad = int((~torch.isfinite(module.weight)).sum())  # type: ignore[arg-type]
-        if bad:
-            raise ValueError(
-                f"{name}.weight contains NaN or infinity in {bad} entries. Repair the checkpoint."
-            )
-
-
-def _check_followers(settings: PruneSettings, model: nn.Module, units: Sequence[Units]) -> None:
-    """Later stages must be able to split what consumers then read into their groups."""
-    for follower in upstream.followers(settings):
-        for each in units:
-            step = (settings.multiple_of if each.kind == "neurons" else 1) * each.reads.shape[1]
-            consumer = model.get_submodule(each.consumer)
-            block = upstream.prune_block(follower)
-            sizes = upstream.group_sizes(follower, each.consumer, consumer)
-            if block and upstream.matches(follower, each.consumer, consumer):
-                sizes.append(block)
-            for size in sizes:
-                if step % size:
-                    what = f"multiple_of is {settings.multiple_of}"
-                    if each.kind == "heads":
-                        what = f"a head and its queries have {step} features"
-                    raise ValueError(
-                        f"{type(follower).__name__} takes {size} inputs of {each.consumer} "
-                        f"together, and {what}: the inputs that are left may not divide by {size}. "
-                        f"Set `multiple_of` to a multiple of {size}, or choose a group size that "
-                        f"divides {step}."
-                    )
-
-
-def _check_data(settings: PruneSettings, batches: Any) -> None:
-    if batches is None:
-        raise ValueError(
-            "no calibration data, but a removal is corrected by what the units do on text. Pass "
-            "`dataset=` to oneshot."
-        )
-    if settings.refine is not None:
-        samples = collect_samples(batches)
-        split(len(samples), settings.refine.validation_share, settings.seed)
-
-
-def _is_decoder(model: Any) -> bool:
-    return bool(getattr(model, "can_generate", lambda: False)())
-
-
-def _by_kind(units: Sequence[Units], counts: Mapping[str, int]) -> dict[Kind, int]:
-    return {each.kind: counts[each.consumer] for each in units}
-
-
 def _counts(plan: Plan, growth: Mapping[str, torch.Tensor]) -> dict[str, int]:
     budget = plan.settings.budget
     if budget.by == "uniform":
@@ -314,7 +162,7 @@ def _measure(draft: Plan, model: nn.Module, batches: Any) -> Sensitivity:
     config = draft.settings.sensitivity
     units = {each.consumer: each for each in draft.units}
     # A language model's labels are its inputs; those of a task are what it is measured by.
-    labels = not _is_decoder(model)
+    labels = not is_decoder(model)
     samples = [sample.inputs for sample in collect_samples(batches, labels=labels)]
     tokens = sum(s["input_ids"].numel() for s in samples[: config.samples])
 

@@ -22,7 +22,8 @@ from cur_modifier.modifiers.prune.config import BudgetConfig
 from cur_modifier.modifiers.report import parameter_count
 from cur_modifier.passes.context import trial
 from cur_modifier.structure.layers import decoder_layers
-from cur_modifier.structure.removal import Kind, Units, find_units, remove
+from cur_modifier.structure.removal import Kind, Units, remove
+from cur_modifier.structure.search import find_units
 
 SEEDS = st.integers(0, 999)
 

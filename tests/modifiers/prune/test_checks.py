@@ -1,0 +1,77 @@
+"""Every reason that a removal can't be carried out, with its remedy, before any data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("llmcompressor")
+
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+
+from cur_modifier.modifiers.prune.plan import check
+
+from .stages import stage
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget": {"ratio": 0.2}}, "budget ratio 0.2 allows .* Raise the budget"),
+        ({"multiple_of": 13}, "24 neurons, and multiple_of 13 leaves no choice"),
+        ({"targets": ["re:.*nothing"]}, r"targets \['re:.\*nothing'\].*match no consumer"),
+        ({"ignore": [r"re:.*layers\.0.*"]}, "in 2 of 3 layers.*Target all layers, or write"),
+        ({"units": ["heads"], "shapes": "free"}, "vLLM keeps one cache.*`served: false`"),
+    ],
+)
+def test_what_cannot_be_is_refused_without_data(
+    model: Any, batches: Any, recipe: Callable[..., Any], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(recipe(stage(**fields)), model, batches)
+
+
+def test_no_data_is_refused(model: Any, recipe: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"no calibration data.*`dataset=`"):
+        check(recipe(stage()), model, None)
+
+
+def test_a_weight_that_is_not_finite_is_named(
+    model: Any, batches: Any, recipe: Callable[..., Any]
+) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.up_proj.weight contains NaN or infinity in 1"
+    ):
+        check(recipe(stage()), model, batches)
+
+
+@pytest.mark.parametrize(
+    ("modifier", "message"),
+    [
+        (
+            lambda: GPTQModifier(
+                targets=["Linear"],
+                config_groups={
+                    "group_0": {
+                        "targets": ["Linear"],
+                        "weights": {"num_bits": 4, "strategy": "group", "group_size": 8},
+                    }
+                },
+            ),
+            "takes 8 inputs of .*down_proj together, and multiple_of is 4.*multiple of 8",
+        ),
+    ],
+)
+def test_later_stages_must_be_able_to_split_what_is_left(
+    model: Any, batches: Any, recipe: Callable[..., Any], modifier: Any, message: str
+) -> None:
+    first = recipe(stage(), modifier())
+    with pytest.raises(ValueError, match=message):
+        check(first, model, batches)
+    check(recipe(stage(), QuantizationModifier(scheme="W8A8", targets=["Linear"])), model, batches)
