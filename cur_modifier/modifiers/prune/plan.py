@@ -31,7 +31,8 @@ from cur_modifier.structure.removal import Kind, Units
 
 __all__ = ["Plan", "check", "make_plan", "put_counts"]
 
-# Shrinkage of a Gram matrix towards its diagonal at one token a feature; it falls with the tokens.
+# Shrinkage of a Gram matrix towards its diagonal at one token a feature, where units are compared;
+# it falls with the tokens.
 SHRINKAGE = 0.5
 
 
