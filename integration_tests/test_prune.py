@@ -13,7 +13,7 @@ import torch
 import yaml
 from datasets import Dataset
 from llmcompressor import oneshot
-from support import NO_PROCESSOR
+from support import NO_PROCESSOR, thorough
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -129,11 +129,16 @@ def saved(model: Any, folder: Path) -> dict[str, Any]:
     ("prune", "neurons", "heads"),
     [
         ({"budget": {"ratio": 0.8}}, 128, 2),
-        ({"budget": {"ratio": 0.8, "by": "uniform"}, "multiple_of": 16}, 176, 2),
         ({"units": ["neurons", "heads"], "budget": {"macs": 0.6}}, None, None),
-        ({"units": ["heads"], "budget": {"ratio": 0.9}}, 256, 1),
-        ({"budget": {"parameters": 0.9}, "anchor": None, "fit": "gram"}, None, 2),
-        ({"budget": {"ratio": 0.8}, "refine": {"epochs": 1}}, 128, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in [
+                ({"budget": {"ratio": 0.8, "by": "uniform"}, "multiple_of": 16}, 176, 2),
+                ({"units": ["heads"], "budget": {"ratio": 0.9}}, 256, 1),
+                ({"budget": {"parameters": 0.9}, "anchor": None, "fit": "gram"}, None, 2),
+                ({"budget": {"ratio": 0.8}, "refine": {"epochs": 1}}, 128, 2),
+            ]
+        ),
     ],
 )
 def test_uniform_shapes_are_an_ordinary_checkpoint(
@@ -235,7 +240,7 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shapes", ["uniform", "free"])
+@pytest.mark.parametrize("shapes", ["free", *thorough("uniform")])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures_and_heads(
     name: str, shapes: str, tiny_data: Dataset, tmp_path: Path

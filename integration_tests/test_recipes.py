@@ -22,6 +22,7 @@ from cur_modifier import compress as run
 from cur_modifier.forms.base import FactoredLinear
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+LONG = ("prune_free", "prune_refined", "prune_then_gptq")  # prune and prune_then_id are their like
 
 
 def test_there_are_recipes() -> None:
@@ -50,7 +51,13 @@ def test_opens_with_its_command_and_is_listed(path: Path) -> None:
     assert f"({path.name})" in (REPOSITORY / "recipes" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.thorough if path.stem in LONG else ())
+        for path in RECIPES
+    ],
+)
 def test_runs_as_it_is(path: Path, tiny: Any, tiny_data: Any, tmp_path: Path) -> None:
     assert len(Recipe.create_instance(str(path)).modifiers) >= 1
     oneshot(model=tiny, dataset=tiny_data, recipe=str(path), processor=NO_PROCESSOR)
