@@ -51,9 +51,15 @@ def remove_units(model: nn.Module, plan: Plan, batches: Any, journal: PruningJou
     """
     layers = [layer for _, layer in plan.layers]
     by_layer: dict[str, list[Units]] = {}
+    places = {name: index for index, (name, _) in enumerate(plan.layers)}
     for each in plan.units:
         if plan.counts[each.consumer] < each.count:
             by_layer.setdefault(each.layer, []).append(each)
+            continue
+        cost = plan.costs.unit[each.consumer]
+        journal.records[each.consumer] = UnitRecord(
+            each.consumer, places[each.layer], each.kind, each.count, each.count, cost
+        )
     last = max((i for i, (name, _) in enumerate(plan.layers) if name in by_layer), default=-1)
     if plan.corrects_layers and last >= 0:  # the layers behind them are corrected, too
         last = len(layers) - 1

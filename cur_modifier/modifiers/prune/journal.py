@@ -37,7 +37,8 @@ class PruningJournal(Journal):
         )
         assert record.relative_error is not None and record.seconds is not None
         metrics = {"relative_error": record.relative_error, "module_seconds": record.seconds}
-        self.tracker.log_metrics(metrics, step=len(self.records))
+        done = sum(record.seconds is not None for record in self.records.values())
+        self.tracker.log_metrics(metrics, step=done)
 
     def finish(self, model: nn.Module, counted: str, before: int) -> None:
         """Print the table, log the totals, the table and the figures, and close the run.

@@ -52,8 +52,11 @@ def test_sizes_and_records_agree(removed: Any) -> None:
         mlp = model.get_submodule(record.name.removesuffix(".down_proj"))
         assert mlp.down_proj.in_features == record.after == mlp.gate_proj.out_features
         assert record.before == 24 and record.after % 4 == 0
-        assert 0 <= record.relative_error < 1 and record.tokens == 4 * 2 * 12
-    assert {r.layer for r in journal.records.values()} <= set(range(LAYERS))
+        if record.after < record.before:
+            assert 0 <= record.relative_error < 1 and record.tokens == 4 * 2 * 12
+        else:
+            assert record.relative_error is None and record.seconds is None
+    assert sorted(r.layer for r in journal.records.values()) == list(range(LAYERS))
 
 
 def test_correcting_pays_on_the_calibration_itself(model: Any, batches: Any, removed: Any) -> None:
