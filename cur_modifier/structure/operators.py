@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["as_matrix", "smaller"]
+__all__ = ["as_matrix", "matrix_of", "smaller"]
 
 
 def as_matrix(module: nn.Module) -> torch.Tensor | None:
@@ -25,6 +25,13 @@ def as_matrix(module: nn.Module) -> torch.Tensor | None:
     return None
 
 
+def matrix_of(module: nn.Module) -> torch.Tensor:
+    """The weight ``(m, n)`` of a module that has one, without gradients."""
+    matrix = as_matrix(module)
+    assert matrix is not None
+    return matrix.detach()
+
+
 def smaller(
     module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> nn.Linear | Conv1D:
@@ -36,8 +43,7 @@ def smaller(
         bias: ``(m,)``, or None for a module without one. A ``Conv1D`` always has one.
     """
     m, n = weight.shape
-    old = as_matrix(module)
-    assert old is not None
+    old = matrix_of(module)
     made: nn.Linear | Conv1D
     if isinstance(module, Conv1D):
         made, stored = Conv1D(m, n), weight.T

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from cur_modifier.forms.base import is_factored
+from cur_modifier.forms.resize import is_matrix
 from cur_modifier.linalg import kept_features
-from cur_modifier.structure.operators import as_matrix, smaller
+from cur_modifier.structure.operators import matrix_of, smaller
 from cur_modifier.structure.units import is_quantized
 
 __all__ = ["Kind", "Units", "dense_matrices", "remove"]
@@ -72,13 +73,15 @@ def remove(
     """
     for name, features in units.producers.items():
         module = model.get_submodule(name)
-        outputs = kept_features(features, kept, len(_weight(module)))
+        outputs = kept_features(features, kept, len(matrix_of(module)))
         own = _bias(module)
-        made = smaller(module, _weight(module)[outputs], None if own is None else own[outputs])
+        made = smaller(module, matrix_of(module)[outputs], None if own is None else own[outputs])
         model.set_submodule(name, made)
     consumer = model.get_submodule(units.consumer)
     if weight is None:
-        weight = _weight(consumer)[:, kept_features(units.reads, kept, _weight(consumer).shape[1])]
+        weight = matrix_of(consumer)[
+            :, kept_features(units.reads, kept, matrix_of(consumer).shape[1])
+        ]
     made = smaller(consumer, weight, _bias(consumer) if bias is None else bias)
     model.set_submodule(units.consumer, made)
     for (name, attribute), each in units.attributes.items():
@@ -94,16 +97,9 @@ def dense_matrices(model: nn.Module, layer: str) -> dict[str, nn.Module]:
             factored = (*factored, f"{name}.")
         elif name.startswith(factored) or is_quantized(module):
             continue
-        elif (matrix := as_matrix(module)) is not None and not hasattr(module, "kernel_size"):
+        elif is_matrix(module):
             found[name] = module
-            assert matrix.ndim == 2
     return found
-
-
-def _weight(module: nn.Module) -> torch.Tensor:
-    matrix = as_matrix(module)
-    assert matrix is not None
-    return matrix.detach()
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:

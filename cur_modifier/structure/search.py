@@ -18,7 +18,7 @@ from torch import nn
 
 from cur_modifier.linalg import kept_features
 from cur_modifier.structure.heads import head_layouts
-from cur_modifier.structure.operators import as_matrix
+from cur_modifier.structure.operators import as_matrix, matrix_of
 from cur_modifier.structure.readers import Call, called_once, recorded
 from cur_modifier.structure.removal import Kind, Units, dense_matrices, remove
 
@@ -140,10 +140,10 @@ def _neurons(
     names = list(ran)
     groups: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        groups.setdefault((calls[name].tensor, len(_weight(ran[name]))), []).append(name)
+        groups.setdefault((calls[name].tensor, len(matrix_of(ran[name]))), []).append(name)
     for (_, outputs), producers in groups.items():
         for consumer in names[names.index(producers[-1]) + 1 :]:
-            width = _weight(ran[consumer]).shape[1]
+            width = matrix_of(ran[consumer]).shape[1]
             every = torch.arange(width)[:, None]
             if outputs == width:
                 yield Units(layer, "neurons", dict.fromkeys(producers, every), consumer, every)
@@ -169,8 +169,8 @@ def _heads(
         for size in (3, 1):
             for producers in combinations(readers, size):
                 for consumer in names[names.index(producers[-1]) + 1 :]:
-                    outputs = [len(_weight(ran[name])) for name in producers]
-                    inputs = _weight(ran[consumer]).shape[1]
+                    outputs = [len(matrix_of(ran[name])) for name in producers]
+                    inputs = matrix_of(ran[consumer]).shape[1]
                     for layout in head_layouts(model.config, outputs, inputs):
                         features = dict(zip(producers, layout.outputs, strict=True))
                         yield Units(layer, "heads", features, consumer, layout.inputs)
@@ -221,12 +221,6 @@ def _plant(holder: nn.Module, name: str, module: nn.Module) -> None:
         holder.add_module(part, child := nn.Module())
         holder = child
     holder.add_module(last, module)
-
-
-def _weight(module: nn.Module) -> torch.Tensor:
-    matrix = as_matrix(module)
-    assert matrix is not None
-    return matrix.detach()
 
 
 def _float(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cur_modifier.structure.removal import Kind, Units
 
@@ -67,7 +68,7 @@ def shapes_with(
         for name, side, fewer in sides:
             module = model.get_submodule(name)
             # A Conv1D stores its weight transposed.
-            turned = isinstance(module, nn.Linear) is False
+            turned = isinstance(module, Conv1D)
             key = f"{name}.weight"
             sizes = list(shapes[key])
             sizes[1 - side if turned else side] -= fewer

@@ -43,8 +43,6 @@ def unchanged_by(
     orders: Mapping[str, torch.Tensor],
     consumer: tuple[str, torch.Tensor],
     calls: Mapping[str, Call],
-    *,
-    rounding: float = _ROUNDING,
 ) -> bool:
     """Whether a layer answers the same although the outputs of some modules are permuted.
 
@@ -53,7 +51,6 @@ def unchanged_by(
         consumer: the module that is to read the same as before once its inputs are permuted back,
             and the order that they are permuted back from.
         calls: of the layer and the consumer, in whose context they can be called again.
-        rounding: machine epsilons by which answers may differ.
     """
     name, order = consumer
     if not {layer, name} <= calls.keys():
@@ -72,11 +69,7 @@ def unchanged_by(
         module = model.get_submodule(name)
         stack.callback(module.register_forward_pre_hook(restore).remove)
         answer = model.get_submodule(layer)(*whole.args, **whole.kwargs)
-    return (
-        len(read) == 1
-        and _alike(read[0], reading, rounding)
-        and _alike(answer, whole.output, rounding)
-    )
+    return len(read) == 1 and _alike(read[0], reading) and _alike(answer, whole.output)
 
 
 def _permuting(order: torch.Tensor) -> Any:
@@ -86,9 +79,9 @@ def _permuting(order: torch.Tensor) -> Any:
     return hook
 
 
-def _alike(one: Any, other: Any, rounding: float) -> bool:
+def _alike(one: Any, other: Any) -> bool:
     one, other = (x[0] if isinstance(x, tuple) else x for x in (one, other))
     if not (torch.is_tensor(one) and torch.is_tensor(other) and one.shape == other.shape):
         return False
-    limit = rounding * torch.finfo(one.dtype).eps
+    limit = _ROUNDING * torch.finfo(one.dtype).eps
     return bool((one - other).double().norm() <= limit * other.double().norm())

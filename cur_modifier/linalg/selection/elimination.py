@@ -18,6 +18,8 @@ __all__ = ["Elimination", "eliminate", "elimination"]
 # The matrices are written anew after so many eliminated features; between, their updates are kept
 # as thin factors. More factors cost more a step, fewer cost more passes over the matrices.
 _AFRESH = 128
+# Share of the mean diagonal that makes products of dependent rows definite.
+_JITTER = 1e-10
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,6 @@ def elimination(A: torch.Tensor, count: int, metric: torch.Tensor | None = None)
     gone = eliminate(gram, M, every[:, None], m - 1).order
     last = every[~torch.isin(every, gone)]
     return torch.cat([last, gone.flip(0)])[:count]
-
-
-_JITTER = 1e-10
 
 
 class _Left:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from cur_modifier.modifiers.cur.journal import FactoringJournal
 from cur_modifier.modifiers.cur.layerwise import LayerwiseEngine
 from cur_modifier.modifiers.cur.plan import Plan, check, make_plan
 from cur_modifier.modifiers.cur.settings import CURSettings
+from cur_modifier.modifiers.journal import failing_run
 from cur_modifier.passes.context import trial
 from cur_modifier.structure.neurons import put_in_order
 
@@ -114,7 +113,7 @@ class CURModifier(CURSettings):
         upstream.refuse_distributed()
         draft = check(self, model, batches)
         self._journal = journal = FactoringJournal(model, enabled=self.mlflow)
-        with self._failing_run():
+        with failing_run(self):
             self._plan = plan = make_plan(draft, model, batches)
             journal.planned(self.layers.select, plan.costs, plan.chosen)
             installed, journal.records = install(model, plan, self)
@@ -135,7 +134,7 @@ class CURModifier(CURSettings):
         Raises:
             ValueError: another stage shares this calibration pass.
         """
-        with self._failing_run():
+        with failing_run(self):
             upstream.refuse_shared_pass(self)
             assert self._engine is not None
             self._engine.start(state.model, state.data.calib)
@@ -144,7 +143,7 @@ class CURModifier(CURSettings):
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
     ) -> None:
         """Fit the factors of the modules that have seen all of their data."""
-        with self._failing_run(), torch.no_grad():
+        with failing_run(self), torch.no_grad():
             if self._engine is not None:
                 self._engine.layer_done(modules)
 
@@ -156,7 +155,7 @@ class CURModifier(CURSettings):
         """
         self.remove_hooks()
         assert self._engine is not None and self._plan is not None and self._journal is not None
-        with self._failing_run():
+        with failing_run(self):
             if names := self._engine.unfitted():
                 raise ValueError(
                     f"the calibration never ran {names[:6]}, so they have no factors. Put them on "
@@ -185,14 +184,3 @@ class CURModifier(CURSettings):
     def journal(self) -> FactoringJournal | None:
         """The stage's record while its run is open; a healing stage goes on with it."""
         return self._journal
-
-    @contextmanager
-    def _failing_run(self) -> Iterator[None]:
-        """Mark the run as failed, with its error, on the way out of one of our own steps."""
-        try:
-            yield
-        except BaseException as error:
-            if self._journal is not None:
-                self._journal.fail(error)
-                self._journal = None
-            raise

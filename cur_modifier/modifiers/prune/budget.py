@@ -12,7 +12,7 @@ from torch import nn
 from cur_modifier.linalg import RankCurve, allocate_ranks
 from cur_modifier.modifiers.prune.config import BudgetConfig, Measure
 from cur_modifier.modifiers.report import parameter_count
-from cur_modifier.structure.operators import as_matrix
+from cur_modifier.structure.operators import as_matrix, matrix_of
 from cur_modifier.structure.removal import Kind, Units
 
 __all__ = ["Costs", "by_sensitivity", "costs_of", "evenly"]
@@ -153,15 +153,15 @@ def _parameters(model: nn.Module, units: Units) -> int:
     total = 0
     for name, features in units.producers.items():
         module = model.get_submodule(name)
-        inputs = _shape(module)[1] + (getattr(module, "bias", None) is not None)
+        inputs = matrix_of(module).shape[1] + (getattr(module, "bias", None) is not None)
         total += features.shape[1] * inputs
-    return total + units.reads.shape[1] * _shape(model.get_submodule(units.consumer))[0]
+    return total + units.reads.shape[1] * matrix_of(model.get_submodule(units.consumer)).shape[0]
 
 
 def _macs(model: nn.Module, units: Units, tokens: int) -> int:
-    total = units.reads.shape[1] * _shape(model.get_submodule(units.consumer))[0]
+    total = units.reads.shape[1] * matrix_of(model.get_submodule(units.consumer)).shape[0]
     for name, features in units.producers.items():
-        total += features.shape[1] * _shape(model.get_submodule(name))[1]
+        total += features.shape[1] * matrix_of(model.get_submodule(name)).shape[1]
     queries = units.reads.shape[1] if units.kind == "heads" else 0
     return total * tokens + _attention(queries, tokens)
 
@@ -182,10 +182,3 @@ def _query_width(model: Any) -> int:
 def _products(layer: nn.Module, tokens: int) -> int:
     matrices = (as_matrix(module) for module in layer.modules())
     return tokens * sum(matrix.numel() for matrix in matrices if matrix is not None)
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    matrix = as_matrix(module)
-    assert matrix is not None
-    m, n = matrix.shape
-    return m, n

@@ -29,7 +29,7 @@ from cur_modifier.modifiers.refine import Part, refine_layer
 from cur_modifier.passes.context import evaluation_forward, frozen
 from cur_modifier.passes.samples import collect_samples
 from cur_modifier.passes.streams import LayerStreams
-from cur_modifier.structure.operators import as_matrix
+from cur_modifier.structure.operators import matrix_of
 from cur_modifier.structure.removal import Units, dense_matrices, remove
 
 __all__ = ["remove_units"]
@@ -106,7 +106,7 @@ class _Layer:
         recipe says so, and go on."""
         anchored, refine = bool(self.plan.settings.anchor), self.plan.settings.refine
         watched = {u.consumer: self.model.get_submodule(u.consumer) for u in units}
-        if self.plan.corrects_layers:
+        if self.plan.corrects_layers and (units or self.streams.diverged):
             watched = dense_matrices(self.model, self.name)
         outputs, inputs, groups = self.streams.run_dense(watched, keep_inputs=anchored)
         reading = {each.consumer: each for each in units}
@@ -203,9 +203,7 @@ class _Layer:
         constant = any(bias is not None for bias in biases)
         weights = []
         for module, bias in zip(modules, biases, strict=True):
-            matrix = as_matrix(module)
-            assert matrix is not None
-            W = matrix.detach().float()
+            W = matrix_of(module).float()
             if constant:
                 column = W.new_zeros(len(W)) if bias is None else bias.detach().to(W)
                 W = torch.cat([W, column[:, None]], dim=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from llmcompressor.core import State
@@ -12,6 +10,7 @@ from pydantic import PrivateAttr
 from cur_modifier.checkpoint.resized import mark_resized
 from cur_modifier.checkpoint.save import wrap_save_pretrained
 from cur_modifier.modifiers import upstream
+from cur_modifier.modifiers.journal import failing_run
 from cur_modifier.modifiers.prune.engine import remove_units
 from cur_modifier.modifiers.prune.journal import PruningJournal
 from cur_modifier.modifiers.prune.plan import Plan, check, make_plan, put_counts
@@ -88,7 +87,7 @@ class IDPruningModifier(PruneSettings):
         upstream.refuse_distributed()
         draft = check(self, model, batches)
         self._journal = journal = PruningJournal(model, enabled=self.mlflow)
-        with self._failing_run():
+        with failing_run(self):
             plan = make_plan(draft, model, batches)
             remove_units(model, plan, batches, journal)
             put_counts(model, plan)
@@ -105,14 +104,3 @@ class IDPruningModifier(PruneSettings):
         if journal is not None and plan is not None:
             journal.finish(state.model, plan.counted, plan.costs.total)
         return True
-
-    @contextmanager
-    def _failing_run(self) -> Iterator[None]:
-        """Mark the run as failed, with its error, on the way out of one of our own steps."""
-        try:
-            yield
-        except BaseException as error:
-            if self._journal is not None:
-                self._journal.fail(error)
-                self._journal = None
-            raise

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cur_modifier.modifiers.report import span
+
 __all__ = ["UnitRecord", "format_table", "totals"]
 
 
@@ -76,8 +78,8 @@ def format_table(records: Sequence[UnitRecord], summed: dict[str, float], counte
         errors = [r.relative_error for r in members if r.relative_error is not None]
         kept = sum(after) / (before * len(members))
         lines.append(
-            f"{kind:<10} {len(members):>6} {before:>8} {_span(after, 'd'):>12} {kept:>6.3f} "
-            f"{_span(errors, '.3f'):>15} {sum(r.seconds or 0 for r in members):>8.1f}"
+            f"{kind:<10} {len(members):>6} {before:>8} {span(after, 'd'):>12} {kept:>6.3f} "
+            f"{span(errors, '.3f', none='whole'):>15} {sum(r.seconds or 0 for r in members):>8.1f}"
         )
     lines.append(
         f"{counted} after ÷ before: {summed['ratio_budget']:.4f} over the budget, parameters "
@@ -85,10 +87,3 @@ def format_table(records: Sequence[UnitRecord], summed: dict[str, float], counte
         f"{int(summed['parameters_model_after']):,})"
     )
     return "\n".join(lines)
-
-
-def _span(values: Sequence[float], spec: str) -> str:
-    if not values:
-        return "whole"
-    low, high = format(min(values), spec), format(max(values), spec)
-    return low if low == high else f"{low}–{high}"

@@ -7,14 +7,13 @@ from typing import Literal, Self
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, field_serializer, model_validator
 
-from cur_modifier.linalg import Selection
+from cur_modifier.linalg import OF_BLOCKS, Selection
 from cur_modifier.modifiers.config import RefineConfig, SensitivityConfig
 from cur_modifier.modifiers.prune.config import BudgetConfig
 from cur_modifier.structure.removal import Kind
 
 __all__ = ["PruneSettings"]
 
-_OF_BLOCKS = (Selection.ELIMINATION, Selection.NORM, Selection.LEVERAGE, Selection.RANDOM)
 _ANCHOR = 0.25
 
 
@@ -47,10 +46,10 @@ class PruneSettings(Modifier):
     def _consistent(self) -> Self:
         if len(set(self.units)) < len(self.units):
             raise ValueError(f"units {self.units} names a kind twice; name each once.")
-        if "heads" in self.units and self.selection not in _OF_BLOCKS:
+        if "heads" in self.units and self.selection not in OF_BLOCKS:
             raise ValueError(
                 f"selection '{self.selection}' chooses single features, and a head has several. "
-                f"Choose {', '.join(_OF_BLOCKS)}, or `units: [neurons]`."
+                f"Choose {', '.join(OF_BLOCKS)}, or `units: [neurons]`."
             )
         if "heads" in self.units and self.max_entry is not None:
             raise ValueError(
