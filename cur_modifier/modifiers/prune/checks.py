@@ -26,6 +26,7 @@ __all__ = [
     "check_data",
     "check_followers",
     "check_multiples",
+    "check_served",
     "check_shapes",
     "check_weights",
     "fields_for",
@@ -119,14 +120,44 @@ def fields_for(model: Any, units: Sequence[Units], counts: Mapping[str, int]) ->
 
 def check_multiples(settings: PruneSettings, units: Sequence[Units]) -> None:
     """Raises:
-    ValueError: counts that are multiples leave no choice.
+    ValueError: counts that are multiples leave no choice, or ranks can't split them.
     """
+    ranks = settings.tensor_parallel
+    if "neurons" in settings.units and settings.multiple_of % ranks:
+        raise ValueError(
+            f"tensor_parallel {ranks} does not divide multiple_of {settings.multiple_of}, so ranks "
+            f"could not share the neurons evenly. Set `multiple_of` to a multiple of {ranks}, e.g. "
+            f"{ranks * max(settings.multiple_of // ranks, 1)}."
+        )
     for each in units:
+        if each.kind == "heads" and (ranks > each.count // 2 or each.count % ranks) and ranks > 1:
+            raise ValueError(
+                f"{each.layer} has {each.count} heads of keys and values, and tensor_parallel "
+                f"{ranks} leaves no choice among counts that so many ranks share evenly. Lower "
+                "`tensor_parallel`, or choose `units: [neurons]`."
+            )
         if each.kind == "neurons" and settings.multiple_of > each.count // 2:
             raise ValueError(
                 f"{each.layer} has {each.count} neurons, and multiple_of {settings.multiple_of} "
                 f"leaves no choice among their multiples. Use {max(each.count // 16, 1)} or less."
             )
+
+
+def check_served(settings: PruneSettings, model: Any, fields: Mapping[str, int]) -> None:
+    """Raises:
+    ValueError: vLLM may build other shapes than transformers from the config's new fields.
+    """
+    text = model.config.get_text_config()
+    if settings.served and is_decoder(model) and "head_dim" in fields:
+        if hasattr(type(text)(), "head_dim"):
+            return
+        raise ValueError(
+            f"shapes 'uniform' with heads: fewer heads of the same size take a head_dim in "
+            f"config.json, and {type(text).__name__} declares none. transformers reads it all the "
+            "same; vLLM's models of such a kind (Qwen2's) divide the hidden size by the number of "
+            "heads. Choose `units: [neurons]`; or `served: false` where transformers alone runs "
+            "the model."
+        )
 
 
 def check_weights(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
@@ -147,7 +178,9 @@ def check_followers(settings: PruneSettings, model: nn.Module, units: Sequence[U
     """
     for follower in upstream.followers(settings):
         for each in units:
-            step = (settings.multiple_of if each.kind == "neurons" else 1) * each.reads.shape[1]
+            step = each.reads.shape[1]
+            if each.kind == "neurons":
+                step *= settings.multiple_of // settings.tensor_parallel
             consumer = model.get_submodule(each.consumer)
             block = upstream.prune_block(follower)
             sizes = upstream.group_sizes(follower, each.consumer, consumer)
@@ -156,13 +189,15 @@ def check_followers(settings: PruneSettings, model: nn.Module, units: Sequence[U
             for size in sizes:
                 if step % size:
                     what = f"multiple_of is {settings.multiple_of}"
+                    if settings.tensor_parallel > 1:
+                        what += f" for {settings.tensor_parallel} ranks"
                     if each.kind == "heads":
                         what = f"a head and its queries have {step} features"
                     raise ValueError(
                         f"{type(follower).__name__} takes {size} inputs of {each.consumer} "
                         f"together, and {what}: the inputs that are left may not divide by {size}. "
-                        f"Set `multiple_of` to a multiple of {size}, or choose a group size that "
-                        f"divides {step}."
+                        f"Set `multiple_of` to a multiple of {size * settings.tensor_parallel}, or "
+                        f"choose a group size that divides {step}."
                     )
 
 

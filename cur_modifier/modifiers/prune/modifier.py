@@ -73,6 +73,8 @@ class IDPruningModifier(PruneSettings):
     :param sensitivity: how the loss's curvature is measured, see ``SensitivityConfig``
     :param multiple_of: counts of neurons are multiples of this: group sizes of later stages must
         divide it, and kernels want it
+    :param tensor_parallel: ranks that will serve the model together: what is left of every kind
+        divides by it, also in the groups of later stages
     :param served: refuse what vLLM can't serve. ``false`` for models that transformers alone runs
     :param seed: of every random choice
     :param mlflow: log the run to MLflow where it is installed

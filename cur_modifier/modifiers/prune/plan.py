@@ -17,6 +17,7 @@ from cur_modifier.modifiers.prune.checks import (
     check_data,
     check_followers,
     check_multiples,
+    check_served,
     check_shapes,
     check_weights,
     fields_for,
@@ -63,7 +64,7 @@ class Plan:
     @property
     def multiples(self) -> dict[Kind, int]:
         """What the counts of a kind are multiples of."""
-        return {"neurons": self.settings.multiple_of, "heads": 1}
+        return {"neurons": self.settings.multiple_of, "heads": self.settings.tensor_parallel}
 
     @property
     def corrects_layers(self) -> bool:
@@ -108,7 +109,7 @@ def check(settings: PruneSettings, model: Any, batches: Any) -> Plan:
     flat = {u.consumer: torch.linspace(1, 0, u.count + 1).double() for u in units}
     counts = _counts(plan, flat)
     if settings.shapes == "uniform":
-        fields_for(model, units, counts)
+        check_served(settings, model, fields_for(model, units, counts))
     return plan
 
 

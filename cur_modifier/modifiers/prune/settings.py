@@ -33,6 +33,7 @@ class PruneSettings(Modifier):
     refine: RefineConfig | None = None
     sensitivity: SensitivityConfig = Field(default_factory=SensitivityConfig)
     multiple_of: int = Field(default=64, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
     served: bool = True
     seed: int = 0
     mlflow: bool = True

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("llmcompressor")
-
+import transformers
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -25,6 +25,11 @@ from .stages import stage
         ({"multiple_of": 13}, "24 neurons, and multiple_of 13 leaves no choice"),
         ({"targets": ["re:.*nothing"]}, r"targets \['re:.\*nothing'\].*match no consumer"),
         ({"ignore": [r"re:.*layers\.0.*"]}, "in 2 of 3 layers.*Target all layers, or write"),
+        ({"tensor_parallel": 3}, "3 does not divide multiple_of 4.*a multiple of 3, e.g. 3"),
+        (
+            {"units": ["heads"], "tensor_parallel": 4},
+            "2 heads of keys and values, and tensor_parallel 4 leaves no choice",
+        ),
         ({"units": ["heads"], "shapes": "free"}, "vLLM keeps one cache.*`served: false`"),
     ],
 )
@@ -75,3 +80,33 @@ def test_later_stages_must_be_able_to_split_what_is_left(
     with pytest.raises(ValueError, match=message):
         check(first, model, batches)
     check(recipe(stage(), QuantizationModifier(scheme="W8A8", targets=["Linear"])), model, batches)
+
+
+def test_what_each_rank_has_must_divide_into_groups(
+    model: Any, batches: Any, recipe: Callable[..., Any]
+) -> None:
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 4}
+    gptq = GPTQModifier(config_groups={"g": {"targets": ["Linear"], "weights": weights}})
+    check(recipe(stage(), gptq), model, batches)
+    gptq = GPTQModifier(config_groups={"g": {"targets": ["Linear"], "weights": weights}})
+    with pytest.raises(ValueError, match=r"multiple_of is 4 for 2 ranks.*to a multiple of 8"):
+        check(recipe(stage(tensor_parallel=2), gptq), model, batches)
+
+
+def test_heads_of_a_config_without_their_size_are_not_for_vllm(
+    batches: Any, recipe: Callable[..., Any]
+) -> None:
+    config = transformers.Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    heads = {"units": ["heads"], "budget": {"ratio": 0.9}}
+    with pytest.raises(ValueError, match=r"Qwen2Config declares none.*`served: false`"):
+        check(recipe(stage(**heads)), model, batches)
+    assert check(recipe(stage(**heads, served=False)), model, batches).units
+    assert check(recipe(stage()), model, batches).units
