@@ -1,11 +1,12 @@
-"""Compress SmolLM2-135M with two recipes, say what it cost and what it saved, chat with the
-result, and serve it with vLLM.
+"""Compress SmolLM2-135M with three recipes, say what it cost and what it saved, chat with the
+results, and serve two of them with vLLM.
 
     make demo
 
 Calibrates on the reference text that CPython ships (`pydoc_data.topics`) and measures perplexity on
 a part of it that was held out, so it needs no data set. vLLM is run in an environment of its own,
-the one that `make .venvs/serve` makes. Writes to `demo_out/` and to MLflow.
+the one that `make .venvs/serve` makes; the model whose neurons were removed is served with every
+plugin switched off. Writes to `demo_out/` and to MLflow.
 """
 
 from __future__ import annotations
@@ -30,18 +31,42 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HERE = Path(__file__).parent
 OUT = Path("demo_out")
-RECIPES = ("cur_then_gptq", "id_then_gptq")
+RECIPES = {"CUR": "cur_then_gptq", "ID": "id_then_gptq", "pruned": "prune_then_gptq"}
 SAMPLES, SEQUENCE_LENGTH = 32, 384
 WINDOWS, WINDOW = 12, 512
 QUESTIONS = ("What does a for loop do in Python?", "What is the capital of France?")
 ANSWER_TOKENS = 40
-SERVED, SERVED_NAME = "ID + GPTQ W4A16", "smollm2-id"  # the smallest of the checkpoints
 SERVE_ARGUMENTS = (
-    "--served-model-name",
-    SERVED_NAME,
     "--max-model-len",
     "1024",
     "--enforce-eager",  # one answer is not worth the time that compiling takes on a CPU
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint that is served.
+
+    Attributes:
+        label: of its row in the table.
+        name: what its clients call it.
+        environment: variables of the server.
+    """
+
+    label: str
+    name: str
+    environment: dict[str, str]
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of ``vllm serve``, behind the checkpoint."""
+        return ("--served-model-name", self.name, *SERVE_ARGUMENTS)
+
+
+SERVED = (
+    Served("ID + GPTQ W4A16", "smollm2-id", {}),
+    # Without our plugin and all others. Four bits of stock vLLM take AVX-512 or a GPU.
+    Served("pruned", "smollm2-pruned", {"VLLM_PLUGINS": ""}),
 )
 
 
@@ -57,7 +82,7 @@ class Row:
 
 
 def main() -> None:
-    """Dense, then each recipe without and with its quantization stage, then one of them served."""
+    """Dense, then each recipe without and with its quantization stage, then two of them served."""
     started = time.perf_counter()
     check_serving()
     import torch
@@ -96,7 +121,7 @@ def main() -> None:
     shutil.rmtree(dense, ignore_errors=True)
     save_dense(source, dense)
     measure("dense", dense, None)
-    for form, label, recipe in labelled_recipes():
+    for way, label, recipe in labelled_recipes():
         print(f"\n== {label}: {recipe}", flush=True)
         directory = directory_of(label)
         with tracked_run(f"demo {label}") as log_metric:
@@ -108,33 +133,32 @@ def main() -> None:
                 samples=SAMPLES,
                 sequence_length=SEQUENCE_LENGTH,
             )
-            parameters[label] = stored_parameters(directory, parameters, form, label)
+            parameters[label] = stored_parameters(directory, parameters, way, label)
             log_metric("perplexity", measure(label, directory, seconds))
             log_metric("checkpoint_bytes", weight_bytes(directory))
 
     print_table(rows)
     print_answers(answers)
-    serve_and_chat(directory_of(SERVED), QUESTIONS[0])
+    for served in SERVED:
+        serve_and_chat(served, QUESTIONS[0])
     print(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes; checkpoints in {OUT}/.")
     print("Every run, with its figures and per-layer table:")
     print(f"    {Path(sys.executable).parent / 'mlflow'} ui    # then open the address it prints")
 
 
 def labelled_recipes() -> Iterator[tuple[str, str, Path]]:
-    """The form, the label and the file of what is compressed: each recipe without its quantization,
+    """The way, the label and the file of what is compressed: each recipe without its quantization,
     then whole."""
     import yaml
 
-    for name in RECIPES:
+    for way, name in RECIPES.items():
         whole = HERE / f"{name}.yaml"
         stages = yaml.safe_load(whole.read_text())["compress_stage"]
-        factors_only = OUT / f"{name}.factors.yaml"
-        factors_only.write_text(
-            yaml.safe_dump({"compress_stage": {"cur_modifiers": stages["cur_modifiers"]}})
-        )
-        form = name.partition("_")[0].upper()
-        yield form, form, factors_only
-        yield form, f"{form} + GPTQ W4A16", whole
+        del stages["quantization_modifiers"]
+        unquantized = OUT / f"{name}.unquantized.yaml"
+        unquantized.write_text(yaml.safe_dump({"compress_stage": stages}, sort_keys=False))
+        yield way, way, unquantized
+        yield way, f"{way} + GPTQ W4A16", whole
 
 
 def check_serving() -> None:
@@ -174,10 +198,10 @@ def write_reference_text(folder: Path, tokenizer: Any) -> tuple[Path, Path]:
     return paths
 
 
-def stored_parameters(directory: Path, known: dict[str, int], form: str, label: str) -> int:
+def stored_parameters(directory: Path, known: dict[str, int], way: str, label: str) -> int:
     """Parameters of a checkpoint; quantization changes their bits, not their number."""
-    if label != form:
-        return known[form]
+    if label != way:
+        return known[way]
     from safetensors import safe_open
 
     total = 0
@@ -242,17 +266,19 @@ def print_answers(answers: dict[str, list[str]]) -> None:
             print(f"   {label:<18} {' '.join(replies[index].split())}")
 
 
-def serve_and_chat(directory: Path, question: str) -> None:
+def serve_and_chat(served: Served, question: str) -> None:
     """Serve a checkpoint with `vllm serve`, ask it a question as an OpenAI client, and end it."""
-    log = OUT / "vllm.log"
-    print(f"\n== Serving {directory} with vLLM. To do the same:\n")
-    print_serve_commands(directory, question)
+    directory = directory_of(served.label)
+    log = OUT / f"vllm-{served.name}.log"
+    plugins = "without any plugin" if served.environment else "with our plugin"
+    print(f"\n== Serving {directory} with vLLM, {plugins}. To do the same:\n")
+    print_serve_commands(served, question)
     print(f"\nStarting the server; its log is {log}", flush=True)
     started = time.perf_counter()
-    with serve(directory, *SERVE_ARGUMENTS, log=log) as server:
+    with serve(directory, *served.arguments, log=log, environment=served.environment) as server:
         print(f"Up after {time.perf_counter() - started:.0f} s at {server.url}")
         print(f"\nQ: {question}\n   {'vLLM':<18} ", end="", flush=True)
-        stream_answer(f"{server.url}/v1", question)
+        stream_answer(f"{server.url}/v1", served, question)
         stopping = time.perf_counter()
     how = "ended by itself" if server.ended_by_itself else "did not end and was killed"
     print(
@@ -261,40 +287,45 @@ def serve_and_chat(directory: Path, question: str) -> None:
     )
 
 
-def chat_request(question: str) -> dict[str, Any]:
+def chat_request(served: Served, question: str) -> dict[str, Any]:
     """A request for the greedy answer to one question, as the API of OpenAI has it."""
     return {
-        "model": SERVED_NAME,
+        "model": served.name,
         "messages": [{"role": "user", "content": question}],
         "temperature": 0,
         "max_tokens": ANSWER_TOKENS,
     }
 
 
-def stream_answer(base_url: str, question: str) -> None:
+def stream_answer(base_url: str, served: Served, question: str) -> None:
     """Print a server's answer as it arrives, on one line like the answers before it."""
     import openai
 
     # Retries would hide what the server's log shows.
     client = openai.OpenAI(base_url=base_url, api_key="not needed", max_retries=0)
-    for chunk in client.chat.completions.create(**chat_request(question), stream=True):
+    request = chat_request(served, question)
+    for chunk in client.chat.completions.create(**request, stream=True):
         for choice in chunk.choices:
             print((choice.delta.content or "").replace("\n", " "), end="", flush=True)
     print()
 
 
-def print_serve_commands(directory: Path, question: str) -> None:
+def print_serve_commands(served: Served, question: str) -> None:
     """What to type to serve the checkpoint on vLLM's usual port, and to ask it the question."""
     import torch
 
-    if not torch.cuda.is_available():
-        print("   ", *(f"{name}={value}" for name, value in CPU_SETTINGS.items()), "\\")
-    print("   ", shlex.join([os.path.relpath(vllm_program()), "serve", str(directory)]), "\\")
-    print("   ", shlex.join(SERVE_ARGUMENTS))
+    variables = (
+        served.environment if torch.cuda.is_available() else CPU_SETTINGS | served.environment
+    )
+    if variables:
+        print("   ", *(f"{name}={value}" for name, value in variables.items()), "\\")
+    program = os.path.relpath(vllm_program())
+    print("   ", shlex.join([program, "serve", str(directory_of(served.label))]), "\\")
+    print("   ", shlex.join(served.arguments))
     print()
     print("    curl http://127.0.0.1:8000/v1/chat/completions \\")
     print("    -H 'Content-Type: application/json' \\")
-    print("    -d", shlex.quote(json.dumps(chat_request(question))))
+    print("    -d", shlex.quote(json.dumps(chat_request(served, question))))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Bytes on disk against perplexity: quantized alone, and factored and quantized.
+"""Bytes on disk against perplexity: quantized alone, and made smaller and quantized.
 
-    python mlflow_projects/bench/stacking.py --ratios 0.9,0.8 --bits 8,4,3,2
+    python mlflow_projects/bench/stacking.py --ways id,prune --ratios 0.9,0.8 --bits 8,4,3,2
 
 Each point is a recipe run by ``cur_modifier.compress``: compressed in bfloat16 (in float32 where
 that is emulated), saved in bfloat16, and the checkpoint loaded with ``from_pretrained`` in float32
 for its perplexity. SmolLM2-135M-Instruct, calibrated on the first 64 windows of 1024 tokens of
 WikiText-2's validation text, evaluated on the first 24 of its test text. *Bytes* are those of the
 safetensors files: factors or weights, scales, and the embedding in bfloat16 (57 MB, in every
-point). GPTQ alone takes groups of 64, the largest that divide every width; in factored models
-groups divide the ranks, and are 32.
+point). GPTQ alone takes groups of 64, the largest that divide every width, and so do models from
+which neurons are removed, 64 at a time; in factored models groups divide the ranks, and are 32.
 
 A point that exists is kept, so an interrupted run continues. The recipe and the log of every point
 stay beside the results.
@@ -31,37 +31,42 @@ from pathlib import Path
 from typing import Any
 
 from cur_modifier.rows import Row, put_row, read_rows, refuse_others
-from mlflow_projects.bench.quality.methods import BUDGET, ID
+from mlflow_projects.bench.quality.methods import BUDGET, ID, PRUNE_FREE
 from mlflow_projects.bench.quality.protocol import DATA, WIKI_TEST, WIKI_VALID, model_directory
 from mlflow_projects.figures import BLUE, PALETTE, label_within_decades, put_figure
 
 OUTPUT = Path("bench_out/stacking.json")
 DENSE_GROUP, FACTORED_GROUP = 64, 32
+WAYS = {"id": "row ID", "prune": "neurons removed"}  # to make a model smaller, as plots say it
 SAMPLES, LENGTH = 64, 1024  # windows of the protocol, and their tokens
 
 
 @dataclass(frozen=True)
 class Point:
-    """``ratio`` None is not factored, ``bits`` None not quantized."""
+    """``ratio`` and ``way`` None leave the sizes alone, ``bits`` None is not quantized."""
 
     ratio: float | None
     bits: int | None
+    way: str | None = None
 
     @property
     def group_size(self) -> int | None:
         """Weights that share a scale."""
         if self.bits is None:
             return None
-        return DENSE_GROUP if self.ratio is None else FACTORED_GROUP
+        return FACTORED_GROUP if self.way == "id" else DENSE_GROUP
 
     def __str__(self) -> str:
-        factored = "dense" if self.ratio is None else f"id-{self.ratio:g}"
-        return factored if self.bits is None else f"{factored}-{self.bits}bit"
+        smaller = "dense" if self.ratio is None else f"{self.way}-{self.ratio:g}"
+        return smaller if self.bits is None else f"{smaller}-{self.bits}bit"
 
     def recipe(self) -> dict[str, Any]:
         """The stages of the point, as in ``recipes/``."""
         stage: dict[str, Any] = {}
-        if self.ratio is not None:
+        if self.way == "prune":
+            fields = {"budget": {"ratio": self.ratio}, "multiple_of": DENSE_GROUP, "mlflow": False}
+            stage["prune_modifiers"] = {"IDPruningModifier": PRUNE_FREE | fields}
+        if self.way == "id":
             cur = ID | {
                 "rank": {"ratio": self.ratio} | BUDGET,
                 "multiple_of": FACTORED_GROUP,
@@ -87,7 +92,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     points = [Point(None, None)]
     points += [Point(None, bits) for bits in options.bits]
-    points += [Point(ratio, bits) for bits in options.factored_bits for ratio in options.ratios]
+    points += [
+        Point(ratio, bits, way)
+        for way in options.ways
+        for bits in options.smaller_bits
+        for ratio in options.ratios
+    ]
     known = {point_of(row) for row in read_rows(options.output, point_of)}
     todo = [point for point in points if point not in known]
     print(f"{len(todo)} points to measure, {len(points) - len(todo)} in {options.output} already")
@@ -117,8 +127,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bits", type=_bits, default=[8, 4, 3, 2], help="of GPTQ alone")
+    parser.add_argument(
+        "--ways", type=_ways, default=list(WAYS), help=f"to make it smaller: {', '.join(WAYS)}"
+    )
     parser.add_argument("--ratios", type=_ratios, default=[0.9, 0.8, 0.7, 0.6])
-    parser.add_argument("--factored-bits", type=_bits, default=[4], help="of GPTQ on factors")
+    parser.add_argument("--smaller-bits", type=_bits, default=[4], help="of GPTQ behind that")
     parser.add_argument("--data", type=Path, default=DATA, help=f"folder of the texts [{DATA}]")
     parser.add_argument("--model", help="directory of another; needs --output")
     parser.add_argument("--output", type=Path, help=f"JSON file of the points [{OUTPUT}]")
@@ -220,8 +233,8 @@ def bfloat16_bytes(model: str) -> int:
 
 
 def point_of(row: Row) -> Point:
-    """What a row measures."""
-    return Point(row["ratio"], row["bits"])
+    """What a row measures. Rows of before there were two ways have none: theirs is ``id``."""
+    return Point(row["ratio"], row["bits"], row.get("way", "id") if row["ratio"] else None)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -251,7 +264,8 @@ def plot(rows: Sequence[Row]) -> Any:
     model = Path(rows[0].get("model") or "SmolLM2-135M").name
     for row in sorted(rows, key=lambda row: row["bytes"]):
         if row["ratio"] is not None:
-            way = "row ID" + ("" if row["bits"] is None else f" + GPTQ, {row['bits']} bits")
+            way = WAYS[point_of(row).way or "id"]
+            way += "" if row["bits"] is None else f" + GPTQ, {row['bits']} bits"
         else:
             way = "dense, bfloat16" if row["bits"] is None else "GPTQ alone"
         ways.setdefault(way, []).append(row)
@@ -265,17 +279,17 @@ def plot(rows: Sequence[Row]) -> Any:
         height = [min(row["ppl_wikitext"], highest) for row in found]
         axes.plot(size, height, line, color=colour, marker=marker, label=way)
         for x, y, row in zip(size, height, found, strict=True):
-            factored = row["ratio"] is not None
-            label = f"{row['ratio']:g}" if factored else f"{row['bits']} bits"
+            smaller = row["ratio"] is not None
+            label = f"{row['ratio']:g}" if smaller else f"{row['bits']} bits"
             if y < row["ppl_wikitext"]:
                 label += f": {row['ppl_wikitext']:.0f} ↑"
-            if factored or row["bits"] is not None:
+            if smaller or row["bits"] is not None:
                 axes.annotate(
                     label,
                     (x, y),
-                    xytext=(-5, -5) if factored else (5, 5),
-                    ha="right" if factored else "left",
-                    va="top" if factored else "bottom",
+                    xytext=(-5, -5) if smaller else (5, 5),
+                    ha="right" if smaller else "left",
+                    va="top" if smaller else "bottom",
                     textcoords="offset points",
                 )
     axes.set(
@@ -297,6 +311,13 @@ def _bits(text: str) -> list[int]:
     return [
         _number(item, int, "a number of bits between 1 and 8", 0, 9) for item in text.split(",")
     ]
+
+
+def _ways(text: str) -> list[str]:
+    for item in text.split(","):
+        if item not in WAYS:
+            raise argparse.ArgumentTypeError(f"{item!r} is none of {', '.join(WAYS)}.")
+    return text.split(",")
 
 
 def _ratios(text: str) -> list[float]:
