@@ -300,6 +300,16 @@ def test_labels_make_the_loss_the_task_s(tiny_data: Dataset, tmp_path: Path) -> 
             [],
             "one cache of keys and values.*shapes: uniform.*served: false",
         ),
+        (
+            {},
+            [{"CURModifier": {"targets": ["re:.*nothing$"], "layers": {"select": "all"}}}],
+            "re:.*nothing.*matches no Linear",
+        ),
+        (
+            {},
+            [ATTENTION_AS_IDS, {"CURHealModifier": {"batch_size": 1000}}],
+            "batch_size 1000 is more than",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_the_calibration(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from compressed_tensors.utils import is_match
@@ -17,7 +17,9 @@ from loguru import logger
 from torch import nn
 
 __all__ = [
+    "ChecksAhead",
     "FollowerLosses",
+    "check_later",
     "compresses",
     "followers",
     "group_sizes",
@@ -77,6 +79,32 @@ def followers(modifier: Modifier) -> list[Modifier]:
         if other is modifier:
             return modifiers[index + 1 :]
     return []
+
+
+@runtime_checkable
+class ChecksAhead(Protocol):
+    """A stage that can say before an earlier stage's work what is wrong with its own."""
+
+    def check_ahead(self, model: nn.Module, batches: Any) -> None:
+        """Check model, data and settings.
+
+        Raises:
+            ValueError: the stage could not be carried out.
+        """
+
+
+def check_later(modifier: Modifier, model: nn.Module, batches: Any) -> None:
+    """Let the stages behind ``modifier`` check themselves on the model as it is.
+
+    llm-compressor initializes one stage after another, so a stage that works while it is
+    initialized would work for hours before a mistake in a later one shows.
+
+    Raises:
+        ValueError: a later stage could not be carried out.
+    """
+    for follower in followers(modifier):
+        if isinstance(follower, ChecksAhead):
+            follower.check_ahead(model, batches)
 
 
 def preceding(modifier: Modifier) -> list[Modifier]:

@@ -16,10 +16,17 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 
+from cur_modifier.forms.base import factored_layers
 from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.cur.modifier import CURModifier
+from cur_modifier.modifiers.heal.modifier import CURHealModifier
+from cur_modifier.modifiers.prune.modifier import IDPruningModifier
 
 LINEAR = nn.Linear(64, 64)
+
+
+def every_layer(**fields: Any) -> CURModifier:
+    return CURModifier(layers={"select": "all"}, rank={"fixed": 4}, mlflow=False, **fields)
 
 
 def test_modifiers_before_and_after_are_those_of_the_recipe(recipe: Callable[..., Any]) -> None:
@@ -29,6 +36,23 @@ def test_modifiers_before_and_after_are_those_of_the_recipe(recipe: Callable[...
     assert upstream.preceding(second) == [first] and upstream.followers(second) == [third]
     alone = CURModifier(mlflow=False)  # of another recipe
     assert upstream.preceding(alone) == upstream.followers(alone) == []
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        (lambda: every_layer(targets=["re:.*nothing$"]), "nothing"),
+        (lambda: IDPruningModifier(multiple_of=4096, mlflow=False), "leaves no choice"),
+        (lambda: CURHealModifier(batch_size=1000, mlflow=False), "batch_size 1000 is more"),
+    ],
+)
+def test_a_mistake_in_a_later_stage_shows_before_the_first_one_works(
+    later: Any, message: str, model: Any, batches: Any, state: Any, recipe: Callable[..., Any]
+) -> None:
+    first = recipe(every_layer(), later())
+    with pytest.raises(ValueError, match=message):
+        first.on_initialize(state)
+    assert not factored_layers(model)
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,20 @@ class CURModifier(CURSettings):
     _engine: Engine | None = PrivateAttr(default=None)
     _journal: FactoringJournal | None = PrivateAttr(default=None)
 
+    def check_ahead(self, model: nn.Module, batches: Any) -> None:
+        """Check the stage before an earlier one's work; see ``ChecksAhead``.
+
+        Raises:
+            ValueError: as :func:`check`.
+        """
+        check(self, model, batches)
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check everything, choose layers and ranks, and put the factored modules in."""
         model, batches = state.model, state.data.calib
         upstream.refuse_distributed()
         draft = check(self, model, batches)
+        upstream.check_later(self, model, batches)
         self._journal = journal = FactoringJournal(model, enabled=self.mlflow)
         with failing_run(self):
             self._plan = plan = make_plan(draft, model, batches)

@@ -121,6 +121,14 @@ class CURHealModifier(Modifier):
             )
         return self
 
+    def check_ahead(self, model: nn.Module, batches: Any) -> None:
+        """Check what needs no factors, before an earlier stage's work; see ``ChecksAhead``.
+
+        Raises:
+            ValueError: too little data, or a folder that can't be written to.
+        """
+        self._checked(batches)
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check everything, and keep the dense layers as teachers.
 
@@ -129,21 +137,7 @@ class CURHealModifier(Modifier):
                 little data; each with the remedy.
         """
         found = _healable(state.model)
-        if state.data.calib is None:
-            raise ValueError(
-                "no calibration data, but healing compares the models on it. Pass `dataset=` to "
-                "oneshot."
-            )
-        self._samples = collect_samples(state.data.calib)
-        train, _ = split(len(self._samples), self.validation_share, self.seed)
-        if self.batch_size > len(train):
-            raise ValueError(
-                f"batch_size {self.batch_size} is more than the {len(train)} windows to train on "
-                f"({len(self._samples)} calibration samples, validation_share "
-                f"{self.validation_share:g} held out). Give more samples or lower it."
-            )
-        if self.checkpoint_dir is not None:
-            TrainingState(self.checkpoint_dir, {})  # a folder that can't be written to fails here
+        self._samples = self._checked(state.data.calib)
         self._teachers = list(found.values())
         for container in self._teachers:
             container.keep_dense()
@@ -178,6 +172,25 @@ class CURHealModifier(Modifier):
         return True
 
     # -- steps ---------------------------------------------------------------------------------
+
+    def _checked(self, batches: Any) -> list[Sample]:
+        """The calibration samples, which are enough."""
+        if batches is None:
+            raise ValueError(
+                "no calibration data, but healing compares the models on it. Pass `dataset=` to "
+                "oneshot."
+            )
+        samples = collect_samples(batches)
+        train, _ = split(len(samples), self.validation_share, self.seed)
+        if self.batch_size > len(train):
+            raise ValueError(
+                f"batch_size {self.batch_size} is more than the {len(train)} windows to train on "
+                f"({len(samples)} calibration samples, validation_share "
+                f"{self.validation_share:g} held out). Give more samples or lower it."
+            )
+        if self.checkpoint_dir is not None:
+            TrainingState(self.checkpoint_dir, {})  # a folder that can't be written to fails here
+        return samples
 
     def _heal(self, model: nn.Module, tracker: Tracker) -> None:
         started = time.perf_counter()

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmcompressor.core import State
 from pydantic import PrivateAttr
+from torch import nn
 
 from cur_modifier.checkpoint.resized import mark_resized
 from cur_modifier.checkpoint.save import wrap_save_pretrained
@@ -83,11 +84,20 @@ class IDPruningModifier(PruneSettings):
     _plan: Plan | None = PrivateAttr(default=None)
     _journal: PruningJournal | None = PrivateAttr(default=None)
 
+    def check_ahead(self, model: nn.Module, batches: Any) -> None:
+        """Check the stage before an earlier one's work; see ``ChecksAhead``.
+
+        Raises:
+            ValueError: as :func:`check`.
+        """
+        check(self, model, batches)
+
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check everything, choose units, remove them, and correct what reads them."""
         model, batches = state.model, state.data.calib
         upstream.refuse_distributed()
         draft = check(self, model, batches)
+        upstream.check_later(self, model, batches)
         self._journal = journal = PruningJournal(model, enabled=self.mlflow)
         with failing_run(self):
             plan = make_plan(draft, model, batches)
