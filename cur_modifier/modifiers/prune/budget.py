@@ -12,6 +12,7 @@ from torch import nn
 from cur_modifier.linalg import RankCurve, allocate_ranks
 from cur_modifier.modifiers.prune.config import BudgetConfig, Measure
 from cur_modifier.modifiers.report import parameter_count
+from cur_modifier.structure.layers import below
 from cur_modifier.structure.operators import as_matrix, matrix_of
 from cur_modifier.structure.removal import Kind, Units
 
@@ -37,10 +38,24 @@ class Costs:
 
 
 def costs_of(
-    model: nn.Module, units: Sequence[Units], measure: Measure, sequence_length: int
+    model: nn.Module,
+    units: Sequence[Units],
+    measure: Measure,
+    sequence_length: int,
+    positions: Mapping[str, int] | None = None,
 ) -> Costs:
-    """Parameters, or multiply-accumulates of one sequence, of the layers that hold the units."""
+    """Parameters, or multiply-accumulates of one sequence, of the layers that hold the units.
+
+    Args:
+        positions: of one image, how often each module multiplies, by its name. In place of
+            ``sequence_length``, for convolutions.
+    """
     layers = dict.fromkeys(each.layer for each in units)
+    if measure == "macs" and positions:
+        unit = {u.consumer: _image_macs(model, u, positions) for u in units}
+        names = [n for n in positions if any(n.startswith(below(layer)) for layer in layers)]
+        weights = {n: model.get_parameter(f"{n}.weight").numel() for n in names}
+        return Costs(unit, sum(weights[n] * positions[n] for n in names))
     if measure == "macs":
         unit = {u.consumer: _macs(model, u, sequence_length) for u in units}
         products = sum(_products(model.get_submodule(name), sequence_length) for name in layers)
@@ -155,7 +170,18 @@ def _parameters(model: nn.Module, units: Units) -> int:
         module = model.get_submodule(name)
         inputs = matrix_of(module).shape[1] + (getattr(module, "bias", None) is not None)
         total += features.shape[1] * inputs
+    for name in units.norms:
+        total += sum(p.numel() for p in model.get_submodule(name).parameters()) // units.count
     return total + units.reads.shape[1] * matrix_of(model.get_submodule(units.consumer)).shape[0]
+
+
+def _image_macs(model: nn.Module, units: Units, positions: Mapping[str, int]) -> int:
+    outputs = len(matrix_of(model.get_submodule(units.consumer)))
+    total = positions[units.consumer] * units.reads.shape[1] * outputs
+    for name, features in units.producers.items():
+        inputs = matrix_of(model.get_submodule(name)).shape[1]
+        total += positions[name] * features.shape[1] * inputs
+    return total
 
 
 def _macs(model: nn.Module, units: Units, tokens: int) -> int:
