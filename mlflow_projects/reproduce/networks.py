@@ -23,7 +23,19 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-__all__ = ["NETWORKS", "Images", "SmallVGG", "SmallVGGConfig", "accuracy", "read_images", "trained"]
+__all__ = [
+    "NETWORKS",
+    "Images",
+    "SmallVGG",
+    "SmallVGGConfig",
+    "accuracy",
+    "augmented",
+    "macs",
+    "positions",
+    "read_images",
+    "scaled",
+    "trained",
+]
 
 FILES = ("cifar10/cifar10_train_sample1000.npz", "cifar10/cifar10_test_sample1000.npz")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -119,22 +131,16 @@ def _resnet() -> Any:
 
 
 class Network(NamedTuple):
-    """How a network is made, and what it is given.
-
-    Attributes:
-        model_class: reads its checkpoint.
-        scale: by which the sides of images grow.
-    """
+    """How a network is made and read, and by how much the sides of its images grow."""
 
     build: Any
     model_class: Any
     scale: int
-    epochs: int
 
 
 NETWORKS = {
-    "VGG": Network(lambda: SmallVGG(SmallVGGConfig(num_labels=10)), SmallVGG, 1, 60),
-    "ResNet": Network(_resnet, ResNetForImageClassification, 2, 60),
+    "VGG": Network(lambda: SmallVGG(SmallVGGConfig(num_labels=10)), SmallVGG, 1),
+    "ResNet": Network(_resnet, ResNetForImageClassification, 2),
 }
 
 
@@ -170,13 +176,13 @@ def scaled(pixels: torch.Tensor, scale: int) -> torch.Tensor:
     return nn.functional.interpolate(pixels, scale_factor=scale, mode="bilinear")
 
 
-def trained(name: str, images: Images, folder: Path, seed: int) -> Any:
+def trained(name: str, images: Images, folder: Path, epochs: int, seed: int) -> Any:
     """The trained network, from ``folder`` where an earlier start left it."""
     network = NETWORKS[name]
     if not (folder / "config.json").exists():
         torch.manual_seed(seed)
         model = network.build()
-        _train(model, images, network.scale, network.epochs, seed)
+        _train(model, images, network.scale, epochs, seed)
         model.save_pretrained(folder)
     return network.model_class.from_pretrained(folder).eval()
 
@@ -193,7 +199,7 @@ def _train(model: Any, images: Images, scale: int, epochs: int, seed: int) -> No
     model.train()
     for epoch in range(epochs):
         right = 0
-        for pixels, labels in _augmented(images, generator):
+        for pixels, labels in augmented(images, generator):
             out = model(pixel_values=scaled(pixels, scale), labels=labels)
             optimizer.zero_grad()
             out.loss.backward()
@@ -207,7 +213,7 @@ def _train(model: Any, images: Images, scale: int, epochs: int, seed: int) -> No
     model.eval()
 
 
-def _augmented(
+def augmented(
     images: Images, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches in random order, of random crops and flips."""
@@ -221,6 +227,26 @@ def _augmented(
             flipped = bool(torch.rand((), generator=generator) < 0.5)
             crops.append(crop.flip(-1) if flipped else crop)
         yield torch.stack(crops), images.labels[rows]
+
+
+def positions(model: Any, image: torch.Tensor) -> dict[str, int]:
+    """How often each convolution and Linear multiplies for one image, by its name."""
+    from cur_modifier.passes.context import trial
+    from cur_modifier.structure.patches import count_positions
+
+    multiplying = (nn.Linear, nn.Conv2d)
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, multiplying)}
+    with trial(model, {"pixel_values": image}) as run:
+        return count_positions(model, modules, run)
+
+
+def macs(model: Any, image: torch.Tensor, below: tuple[str, ...] = ("",)) -> int:
+    """Multiply-accumulates of convolutions and Linears for one image, below some names."""
+    return sum(
+        times * int(model.get_parameter(f"{name}.weight").numel())
+        for name, times in positions(model, image).items()
+        if name.startswith(below)
+    )
 
 
 @torch.no_grad()
