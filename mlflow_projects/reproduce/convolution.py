@@ -40,6 +40,7 @@ from mlflow_projects.reproduce.channels import (
 from mlflow_projects.reproduce.networks import (
     NETWORKS,
     accuracy,
+    augmented,
     macs,
     read_images,
     scaled,

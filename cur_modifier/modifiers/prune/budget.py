@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from cur_modifier.structure.removal import Kind, Units
 
 __all__ = ["Costs", "by_sensitivity", "costs_of", "evenly"]
 
+_BISECTIONS = 40
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -26,15 +28,20 @@ class Costs:
     Attributes:
         unit: of one unit, by the consumer's name.
         total: of all that the budget is a share of.
+        shared: what two units have in common, by their consumers' names: a convolution that reads
+            the one and computes the other goes but once.
     """
 
     unit: Mapping[str, int]
     total: int
+    shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def left(self, units: Sequence[Units], counts: Mapping[str, int]) -> int:
         """What is left with so many units kept, by the consumer's name."""
-        gone = sum((u.count - counts[u.consumer]) * self.unit[u.consumer] for u in units)
-        return self.total - gone
+        gone = {u.consumer: u.count - counts[u.consumer] for u in units}
+        once = sum(number * self.unit[name] for name, number in gone.items())
+        twice = sum(gone[one] * gone[other] * w for (one, other), w in self.shared.items())
+        return self.total - once + twice
 
 
 def costs_of(
@@ -55,7 +62,8 @@ def costs_of(
         unit = {u.consumer: _image_macs(model, u, positions) for u in units}
         names = [n for n in positions if any(n.startswith(below(layer)) for layer in layers)]
         weights = {n: model.get_parameter(f"{n}.weight").numel() for n in names}
-        return Costs(unit, sum(weights[n] * positions[n] for n in names))
+        total = sum(weights[n] * positions[n] for n in names)
+        return Costs(unit, total, _shared(units, positions))
     if measure == "macs":
         unit = {u.consumer: _macs(model, u, sequence_length) for u in units}
         products = sum(_products(model.get_submodule(name), sequence_length) for name in layers)
@@ -63,7 +71,7 @@ def costs_of(
         return Costs(unit, products + attention)
     unit = {u.consumer: _parameters(model, u) for u in units}
     counted = [model] if measure == "parameters" else [model.get_submodule(n) for n in layers]
-    return Costs(unit, sum(map(parameter_count, counted)))
+    return Costs(unit, sum(map(parameter_count, counted)), _shared(units, {}))
 
 
 def by_sensitivity(
@@ -101,15 +109,21 @@ def by_sensitivity(
             )
         )
     free = sum(curve.dense for curve in curves)
+
+    def counts_for(wanted: float) -> dict[str, int]:
+        picked = allocate_ranks(curves, wanted / free, least=budget.least)
+        counts: dict[str, int] = {}
+        for group, kept in zip(groups.values(), picked, strict=True):
+            for each in group:
+                step = multiple_of[each.kind]
+                counts[each.consumer] = each.count if kept is None else kept * step
+        return counts
+
     wanted = budget.share * costs.total - (costs.total - free)
+    if costs.shared:
+        return _within(units, costs, budget, counts_for, _least(budget, curves), free)
     _require(wanted, free, costs, budget, curves)
-    picked = allocate_ranks(curves, wanted / free, least=budget.least)
-    counts: dict[str, int] = {}
-    for group, kept in zip(groups.values(), picked, strict=True):
-        for each in group:
-            step = multiple_of[each.kind]
-            counts[each.consumer] = each.count if kept is None else kept * step
-    return counts
+    return counts_for(wanted)
 
 
 def evenly(
@@ -142,7 +156,14 @@ def _require(
     budget: BudgetConfig,
     curves: Sequence[RankCurve],
 ) -> None:
-    least = 0.0
+    least = _least(budget, curves)
+    if least > wanted:
+        raise ValueError(_too_small(costs, budget, int(costs.total - free + least)))
+
+
+def _least(budget: BudgetConfig, curves: Sequence[RankCurve]) -> int:
+    """What the smallest counts that may be kept cost."""
+    least = 0
     for curve in curves:
         enough = [
             curve.stored(k)
@@ -150,8 +171,44 @@ def _require(
             if curve.stored(k) >= budget.least * curve.dense
         ]
         least += min(enough, default=curve.dense)
-    if least > wanted:
-        raise ValueError(_too_small(costs, budget, int(costs.total - free + least)))
+    return least
+
+
+def _within(
+    units: Sequence[Units],
+    costs: Costs,
+    budget: BudgetConfig,
+    counts_for: Callable[[float], dict[str, int]],
+    least: int,
+    free: int,
+) -> dict[str, int]:
+    """Counts whose cost is within the budget where units share some: the summed prices that are
+    allowed are bisected until it is."""
+    allowed = budget.share * costs.total
+    low, high = float(least + 1), float(free)
+    found = counts_for(low)
+    if (left := costs.left(units, found)) > allowed:
+        raise ValueError(_too_small(costs, budget, left))
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        trial = counts_for(middle)
+        if costs.left(units, trial) > allowed:
+            high = middle
+        else:
+            low, found = middle, trial
+    return found
+
+
+def _shared(units: Sequence[Units], positions: Mapping[str, int]) -> dict[tuple[str, str], int]:
+    """What a unit that a module reads and one that it computes have in common."""
+    found: dict[tuple[str, str], int] = {}
+    reading = {each.consumer: each for each in units}
+    for each in units:
+        for name, features in each.producers.items():
+            if (other := reading.get(name)) is not None:
+                product = features.shape[1] * other.reads.shape[1]
+                found[each.consumer, other.consumer] = product * positions.get(name, 1)
+    return found
 
 
 def _too_small(costs: Costs, budget: BudgetConfig, least: int) -> str:

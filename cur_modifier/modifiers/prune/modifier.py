@@ -102,5 +102,7 @@ class IDPruningModifier(PruneSettings):
         journal, self._journal = self._journal, None
         plan, self._plan = self._plan, None
         if journal is not None and plan is not None:
-            journal.finish(state.model, plan.counted, plan.costs.total)
+            kept = {record.name: record.after for record in journal.records.values()}
+            left = plan.costs.left(plan.units, kept)
+            journal.finish(state.model, plan.counted, plan.costs.total, left)
         return True
