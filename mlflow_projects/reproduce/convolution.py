@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, type=Path, help="folder of the images")
     parser.add_argument("--output", required=True, type=Path, help="folder of rows and figures")
-    parser.add_argument("--samples", type=count, default=512, help="calibration images")
+    parser.add_argument("--samples", type=count, default=256, help="calibration images")
     parser.add_argument("--epochs", type=count, default=60, help="of training")
     parser.add_argument("--seed", type=whole, default=0)
     options = parser.parse_args(arguments)

@@ -18,8 +18,6 @@ from cur_modifier.structure.removal import Kind, Units
 
 __all__ = ["Costs", "by_sensitivity", "costs_of", "evenly"]
 
-_BISECTIONS = 40
-
 
 @dataclass(frozen=True)
 class Costs:
@@ -189,7 +187,7 @@ def _within(
     found = counts_for(low)
     if (left := costs.left(units, found)) > allowed:
         raise ValueError(_too_small(costs, budget, left))
-    for _ in range(_BISECTIONS):
+    while high - low > min(costs.unit.values()):
         middle = (low + high) / 2
         trial = counts_for(middle)
         if costs.left(units, trial) > allowed:

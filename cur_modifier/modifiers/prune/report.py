@@ -19,7 +19,8 @@ class UnitRecord:
         name: of the consumer.
         cost: what the budget counts of one of them.
         relative_error: ``‖(T − W' X⁺) G^{1/2}‖ ÷ ‖T G^{1/2}‖``, of what the consumer answers.
-        expected_growth: of the loss in nats a token, by the curvature; None where not measured.
+        expected_growth: of the loss in nats a token or image, by the curvature; None where not
+            measured.
         max_entry: the largest entry of the interpolation.
     """
 

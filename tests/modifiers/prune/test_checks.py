@@ -108,7 +108,7 @@ def test_why_convolutions_keep_their_channels(
 def test_a_model_without_convolutions_has_no_channels(
     model: Any, recipe: Any, batches: Any
 ) -> None:
-    with pytest.raises(ValueError, match="no channels of LlamaForCausalLM.*no convolution"):
+    with pytest.raises(ValueError, match=r"no channels of LlamaForCausalLM.*no convolution"):
         check(recipe(stage(**CHANNELS)), model, batches)
 
 
