@@ -75,8 +75,8 @@ class IDPruningModifier(PruneSettings):
         better: images give many patches for every feature
     :param refine: train each layer's weights on its output after the removal, see ``RefineConfig``
     :param sensitivity: how the loss's curvature is measured, see ``SensitivityConfig``
-    :param multiple_of: counts of neurons and channels are multiples of this: group sizes of later stages must
-        divide it, and kernels want it
+    :param multiple_of: counts of neurons and channels are multiples of this: group sizes of later
+        stages must divide it, and kernels want it
     :param served: refuse what vLLM can't serve. ``false`` for models that transformers alone runs
     :param seed: of every random choice
     :param mlflow: log the run to MLflow where it is installed

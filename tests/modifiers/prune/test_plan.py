@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_nothing_is_measured_that_nothing_asks_for(
 def test_heads_are_split_as_they_are(model: Any, batches: Any, recipe: Callable[..., Any]) -> None:
     plan = check(recipe(stage(units=["neurons", "heads"])), model, batches)
     assert [each.kind for each in plan.units[:2]] == ["heads", "neurons"]
-    assert plan.multiples == {"neurons": 4, "heads": 1}
+    assert plan.multiples == {"neurons": 4, "heads": 1, "channels": 4}
 
 
 @pytest.mark.parametrize("budget", [{"macs": 0.5}, {"ratio": 0.6}, {"parameters": 0.7}])
@@ -68,11 +69,16 @@ def test_channels_keep_the_budget(
 
 
 def test_an_error_counts_once_a_position(
-    small_resnet: Any, images: Any, recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    small_resnet: Any,
+    images: Any,
+    recipe: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """A loss is one of an image: what a layer adds to it grows with its positions."""
     from cur_modifier.modifiers.prune import plan as module
 
+    monkeypatch.setenv("CUR_MODIFIER_CACHE", str(tmp_path))
     settings = recipe(stage(units=["channels"], shapes="free", multiple_of=1))
     model = small_resnet(0)
     draft = check(settings, model, images)
