@@ -24,19 +24,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
 
 import torch
-from matplotlib.figure import Figure
 
 from cur_modifier.checkpoint.files import put_text
 from mlflow_projects.arguments import check_output, count, elsewhere, whole
-from mlflow_projects.figures import PALETTE
 from mlflow_projects.reproduce.__main__ import PROJECT, _cell, _log_figure, _put_section, _read
-from mlflow_projects.reproduce.channels import (
-    METHODS,
-    OURS,
-    PUBLISHED,
-    UNCORRECTED,
-    remove_channels,
-)
+from mlflow_projects.reproduce.channels import METHODS, remove_channels
+from mlflow_projects.reproduce.convolution_shown import KEPT, figure, findings
 from mlflow_projects.reproduce.networks import (
     NETWORKS,
     accuracy,
@@ -48,13 +41,7 @@ from mlflow_projects.reproduce.networks import (
 )
 
 NAME = "convolution"
-KEPT = (0.8, 0.6, 0.5, 0.35, 0.25)
 SETTINGS = ("samples", "epochs", "seed")
-COLLAPSED = 0.5  # of the dense accuracy
-_CLAIM = (
-    "that an interpolative decomposition keeps the accuracy without fine-tuning where pruning by "
-    "magnitude loses it"
-)
 
 
 class Case(NamedTuple):
@@ -174,75 +161,6 @@ class Harness:
         return scaled(pixels[:samples], scale)
 
 
-def figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy against multiply-accumulates, a panel a network, a line a method."""
-    networks = list(dict.fromkeys(row["network"] for row in rows))
-    drawn = Figure(figsize=(4.9 * len(networks), 4.0), layout="constrained")
-    grid = drawn.subplots(1, len(networks), sharey=True, squeeze=False)[0]
-    styles = dict(zip(METHODS, ("o-", "s--", "^-.", "v:", "D:"), strict=True))
-    for axes, network in zip(grid, networks, strict=True):
-        own = [row for row in rows if row["network"] == network]
-        dense = next(row for row in own if row["method"] == "dense")
-        axes.axhline(100 * dense["accuracy"], color="black", linewidth=1, label="dense")
-        for colour, (method, style) in zip(PALETTE, styles.items(), strict=False):
-            found = [dense, *(row for row in own if row["method"] == method)]
-            axes.plot(
-                [row["MACs kept"] for row in found],
-                [100 * row["accuracy"] for row in found],
-                style,
-                color=colour,
-                label=method,
-            )
-        axes.axhline(10, color="black", linewidth=1, linestyle=":", label="chance")
-        axes.set(title=network, xlabel="multiply-accumulates kept")
-        axes.set_xlim(1.02, 0.2)
-        axes.grid(alpha=0.3)
-    grid[0].set_ylabel("accuracy on 1000 test images, %")
-    grid[0].set_ylim(bottom=0)
-    drawn.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return drawn
-
-
-def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences that the rows bear out, for or against the claim."""
-    found, holds = [], []
-    for network in dict.fromkeys(row["network"] for row in rows):
-        own = [row for row in rows if row["network"] == network]
-        dense = next(row["accuracy"] for row in own if row["method"] == "dense")
-
-        def at(method: str, kept: float, own: Sequence[Mapping[str, Any]] = own) -> float:
-            wanted = {"method": method, "MACs asked": kept}
-            value: float = next(row for row in own if wanted.items() <= row.items())["accuracy"]
-            return value
-
-        magnitude = {
-            kept: max(at(method, kept) for method in METHODS if method.startswith("magnitude"))
-            for kept in KEPT
-        }
-        half = {m: at(m, 0.5) for m in (OURS, PUBLISHED, UNCORRECTED)}
-        found.append(
-            f"{network}: {dense:.1%} dense; at half of the multiply-accumulates {half[OURS]:.1%} "
-            f"by ours, {half[PUBLISHED]:.1%} with the same share everywhere, "
-            f"{half[UNCORRECTED]:.1%} without correction, {magnitude[0.5]:.1%} by the better "
-            f"magnitude; at a quarter {at(OURS, 0.25):.1%} and {magnitude[0.25]:.1%}."
-        )
-        lost = [kept for kept in KEPT if magnitude[kept] < COLLAPSED * dense]
-        saved = [kept for kept in lost if at(PUBLISHED, kept) >= COLLAPSED * dense]
-        ours = [kept for kept in lost if at(OURS, kept) >= COLLAPSED * dense]
-        found.append(
-            f"{network}: magnitude falls below half of the dense accuracy at {_listed(lost)}; the "
-            f"ID with one share stays above at {_listed(saved)}, ours at {_listed(ours)}."
-        )
-        holds.append(bool(saved))
-    verdict = "holds" if all(holds) else "does **not** hold"
-    found.append(f"The claim {_CLAIM} {verdict} on {'these networks' if len(holds) > 1 else 'it'}.")
-    return found
-
-
-def _listed(shares: Sequence[float]) -> str:
-    return ", ".join(f"{share:g}" for share in shares) or "none"
-
-
 def _section(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> str:
     columns = [name for name in rows[0] if name != "MACs asked"]
     given = {"data": "DATA", "output": "OUT"}
@@ -254,8 +172,10 @@ def _section(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> 
             "",
             "Channels of convolutions removed without retraining: does an interpolative "
             "decomposition keep the accuracy where pruning by magnitude loses it (Chee et al. "
-            "2022)? Trained on 1000 images of CIFAR-10, so accuracies are low; one is known to "
-            "about 1.6 points from as many test images.",
+            "2022)? Two networks trained on 1000 images of CIFAR-10, so accuracies are low; one is "
+            "known to about 1.6 points from as many test images. VGG: six convolutions in a chain, "
+            "with batch norms, and a Linear. ResNet: transformers' own, six basic blocks, of which "
+            "only the channels inside can go.",
             "",
             "| " + " | ".join(columns) + " |",
             "|" + "---|" * len(columns),
