@@ -41,6 +41,32 @@ def small_llama() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def small_resnet() -> Callable[..., Any]:
+    """``small_resnet(seed, **fields)``: two stages of two residual blocks, of random weights, whose
+    batch norms have seen something. It takes images of 32 × 32 pixels."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    def make(seed: int, **fields: Any) -> Any:
+        torch.manual_seed(seed)
+        sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2]}
+        config = ResNetConfig(**sizes | {"layer_type": "basic", "num_labels": 5} | fields)
+        model = ResNetForImageClassification(config).train()
+        with torch.no_grad():
+            for _ in range(30):
+                model(torch.randn(16, 3, 32, 32))
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def images() -> list[dict[str, torch.Tensor]]:
+    """Calibration batches of images."""
+    generator = torch.Generator().manual_seed(1)
+    return [{"pixel_values": torch.randn(4, 3, 32, 32, generator=generator)} for _ in range(6)]
+
+
+@pytest.fixture
 def offloaded_llama(small_llama: Callable[..., Any]) -> Any:
     """Its weights lie on the CPU, and a look at one gives a copy on another device."""
     offload = pytest.importorskip("compressed_tensors.offload")

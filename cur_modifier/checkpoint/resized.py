@@ -1,7 +1,9 @@
-"""Sizes of a model that its config does not give, because a stage removed neurons or heads.
+"""Sizes of a model that its config does not give, because a stage removed neurons, heads or
+channels.
 
-A stage that resizes Linears calls :func:`mark_resized`. Saving then compares the model with the one
-that the config alone builds. Where both have the same sizes, the checkpoint needs no entry of ours.
+A stage that resizes Linears or convolutions calls :func:`mark_resized`. Saving then compares the
+model with the one that the config alone builds. Where both have the same sizes, the checkpoint
+needs no entry of ours.
 """
 
 from __future__ import annotations
@@ -28,15 +30,17 @@ class Differences:
     """How a model differs from the one that its config builds.
 
     Attributes:
-        dense: the dense Linears of other sizes, by name.
+        dense: the dense Linears and convolutions of other sizes, by name.
         factored: names of the factored layers that stand for Linears of other sizes.
         integers: plain integers by the module's name and the attribute's: of the modules that hold
             a Linear of other sizes, those that have another value.
+        norms: features of the batch norms that have another number of them, by name.
     """
 
     dense: Mapping[str, DenseSize] = field(default_factory=dict)
     factored: frozenset[str] = frozenset()
     integers: Mapping[str, dict[str, int]] = field(default_factory=dict)
+    norms: Mapping[str, int] = field(default_factory=dict)
 
 
 def mark_resized(model: nn.Module, fields: Mapping[str, int] | None = None) -> None:
@@ -44,8 +48,8 @@ def mark_resized(model: nn.Module, fields: Mapping[str, int] | None = None) -> N
 
     A stage also calls :func:`~cur_modifier.checkpoint.save.wrap_save_pretrained`, before or after.
     ``save_pretrained`` finds what was resized by itself, on two conditions: each module's
-    ``in_features`` and ``out_features`` (``nx`` and ``nf`` of a Conv1D) are those of its weight,
-    and the config has the new sizes where its fields can express them.
+    ``in_features`` and ``out_features`` (``nx`` and ``nf`` of a Conv1D, channels of a convolution)
+    are those of its weight, and the config has the new sizes where its fields can express them.
 
     Args:
         fields: of the text config, with their new values. llm-compressor saves the config of the
@@ -74,8 +78,13 @@ def differences(model: nn.Module) -> Differences:
     layers = factored_layers(model)
     factors = tuple(f"{name}." for name in layers)
     dense: dict[str, DenseSize] = {}
+    norms: dict[str, int] = {}
     for name, module in model.named_modules():
         twin = expected.get(name)
+        if isinstance(module, nn.BatchNorm2d) and isinstance(twin, nn.BatchNorm2d):
+            if module.num_features != twin.num_features:
+                norms[name] = module.num_features
+            continue
         if name.startswith(factors) or not is_matrix(module) or not is_matrix(twin):
             continue
         if size_of(module) != size_of(twin):
@@ -86,9 +95,10 @@ def differences(model: nn.Module) -> Differences:
         if isinstance(twin := expected.get(name), nn.Linear)
         and (layer.out_features, layer.in_features) != (twin.out_features, twin.in_features)
     }
-    _check_parameters(model, built, dense, factors)
+    _check_parameters(model, built, dense, norms, factors)
     changed = [*dense, *factored]
-    return Differences(dense, frozenset(factored), _integers(model, expected, changed))
+    integers = _integers(model, expected, changed)
+    return Differences(dense, frozenset(factored), integers, norms)
 
 
 def _built(model: nn.Module) -> nn.Module:
@@ -100,7 +110,11 @@ def _built(model: nn.Module) -> nn.Module:
 
 
 def _check_parameters(
-    model: nn.Module, built: nn.Module, dense: Mapping[str, DenseSize], factors: tuple[str, ...]
+    model: nn.Module,
+    built: nn.Module,
+    dense: Mapping[str, DenseSize],
+    norms: Mapping[str, int],
+    factors: tuple[str, ...],
 ) -> None:
     """Refuse what could be saved, but not be loaded again."""
     expected = dict(built.named_parameters())
@@ -110,6 +124,8 @@ def _check_parameters(
             continue
         if owner in dense:
             shape = _shape_of(dense[owner], kind)
+        elif owner in norms:
+            shape = (norms[owner],)
         elif name in expected:
             shape = tuple(expected[name].shape)
         else:
@@ -117,8 +133,9 @@ def _check_parameters(
         if shape is not None and tuple(parameter.shape) != shape:
             raise ValueError(
                 f"{name} has shape {tuple(parameter.shape)}, but its module and the model's config "
-                f"give {shape}. A checkpoint can record other sizes of Linears only, and takes "
-                "them from in_features and out_features. Set those, or change the config."
+                f"give {shape}. A checkpoint can record other sizes of Linears, convolutions and "
+                "batch norms only, and takes them from in_features and out_features, in_channels "
+                "and out_channels, and num_features. Set those, or change the config."
             )
     for name in dense:
         found, wanted = (m.get_submodule(name).bias is not None for m in (model, built))

@@ -73,6 +73,7 @@ def schema_of(model: nn.Module) -> Schema:
         producer=_producer(),
         modules=modules,
         resized=dict(found.dense),
+        norms=dict(found.norms),
         attributes=dict(found.integers),
     )
 

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from .registry import find_form
-from .resize import resize, set_integers
+from .resize import resize, resize_norm, set_integers
 from .schema import QUANT_METHOD, ModuleSpec, Schema, SchemaError, stored_shapes
 
 __all__ = ["CURConfig", "CURQuantizer", "register"]
@@ -97,6 +97,8 @@ class CURQuantizer(HfQuantizer):
         schema.check_supported()
         for name, size in schema.resized.items():
             resize(model, name, size)
+        for name, features in schema.norms.items():
+            resize_norm(model, name, features)
         for name, values in schema.attributes.items():
             set_integers(model, name, values)
         # Whoever uses another's skeleton comes after it.

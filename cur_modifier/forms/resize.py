@@ -1,4 +1,4 @@
-"""Dense Linears of other sizes than a model's config gives them.
+"""Dense Linears and convolutions of other sizes than a model's config gives them, and batch norms.
 
 This file is also shipped inside checkpoints.
 """
@@ -13,37 +13,46 @@ from transformers.pytorch_utils import Conv1D
 
 from .schema import DenseSize, SchemaError
 
-__all__ = ["Matrix", "is_matrix", "resize", "set_integers", "size_of"]
+__all__ = ["Matrix", "is_matrix", "resize", "resize_norm", "set_integers", "size_of"]
 
-Matrix = nn.Linear | Conv1D
-"""A dense Linear; a ``Conv1D`` of transformers is one that stores its weight transposed."""
+Matrix = nn.Linear | Conv1D | nn.Conv2d
+"""A dense Linear, or a convolution of images that is not in groups. A ``Conv1D`` of transformers is
+a Linear that stores its weight transposed."""
 
 
 def is_matrix(module: nn.Module | None) -> TypeGuard[Matrix]:
-    """Whether a module is a dense Linear."""
-    return isinstance(module, Matrix)
+    """Whether a module is a dense Linear or a convolution of images."""
+    return isinstance(module, Matrix) and getattr(module, "groups", 1) == 1
 
 
 def size_of(module: Matrix) -> DenseSize:
-    """The sizes that a dense Linear has."""
+    """The sizes that a dense Linear or a convolution has."""
+    if isinstance(module, nn.Conv2d):
+        height, width = module.kernel_size
+        return DenseSize(
+            out_features=module.out_channels,
+            in_features=module.in_channels,
+            kernel_size=(height, width),
+        )
     if isinstance(module, Conv1D):
         return DenseSize(out_features=module.nf, in_features=module.nx, transposed=True)
     return DenseSize(out_features=module.out_features, in_features=module.in_features)
 
 
 def resize(model: nn.Module, name: str, size: DenseSize) -> None:
-    """Give a dense Linear of an empty model other sizes, in place. A bias stays one.
+    """Give a dense Linear or a convolution of an empty model other sizes, in place. A bias stays
+    one.
 
     Raises:
-        SchemaError: the model has no dense Linear of that name, or it stores its weight the other
-            way round.
+        SchemaError: the model has none of that name, it stores its weight the other way round, or
+            it has another kernel.
     """
     module = _find(model, name, "is resized")
     if not is_matrix(module):
         raise SchemaError(
             f"config.json says that {name} is resized; here it is a {type(module).__name__}, and "
-            "only an nn.Linear or a Conv1D can be. The checkpoint belongs to another architecture "
-            "or transformers version."
+            "only an nn.Linear, a Conv1D or an nn.Conv2d without groups can be. The checkpoint "
+            "belongs to another architecture or transformers version."
         )
     if size_of(module).transposed != size.transposed:
         raise SchemaError(
@@ -51,13 +60,42 @@ def resize(model: nn.Module, name: str, size: DenseSize) -> None:
             f"{type(module).__name__}. The checkpoint belongs to another architecture or "
             "transformers version."
         )
-    if isinstance(module, Conv1D):
+    if size_of(module).kernel_size != size.kernel_size:
+        raise SchemaError(
+            f"config.json says that {name} has kernel_size={size.kernel_size}, but here it is a "
+            f"{type(module).__name__} with {size_of(module).kernel_size}. The checkpoint belongs "
+            "to another architecture or transformers version."
+        )
+    if isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = size.out_features, size.in_features
+    elif isinstance(module, Conv1D):
         module.nf, module.nx = size.out_features, size.in_features
     else:
         module.out_features, module.in_features = size.out_features, size.in_features
     module.weight = _empty_like(module.weight, size.weight_shape)
     if module.bias is not None:
         module.bias = _empty_like(module.bias, (size.out_features,))
+
+
+def resize_norm(model: nn.Module, name: str, features: int) -> None:
+    """Give a batch norm of an empty model another number of features, in place.
+
+    Raises:
+        SchemaError: the model has no batch norm of that name.
+    """
+    module = _find(model, name, "is resized")
+    if not isinstance(module, nn.BatchNorm2d):
+        raise SchemaError(
+            f"config.json says that {name} is a batch norm of {features} features; here it is a "
+            f"{type(module).__name__}. The checkpoint belongs to another architecture or "
+            "transformers version."
+        )
+    module.num_features = features
+    for key, parameter in [*module.named_parameters(recurse=False)]:
+        setattr(module, key, _empty_like(parameter, (features,)))
+    for key, buffer in [*module.named_buffers(recurse=False)]:
+        if buffer.ndim:  # the number of batches is one for all features
+            setattr(module, key, torch.empty(features, dtype=buffer.dtype, device=buffer.device))
 
 
 def set_integers(model: nn.Module, name: str, values: dict[str, int]) -> None:

@@ -22,6 +22,12 @@ fields can't express the sizes that are left. Such a section has version 2 and t
     "resized": {"model.layers.3.mlp.down_proj": {"out_features": 576, "in_features": 1120}},
     "attributes": {"model.layers.3.self_attn": {"num_heads": 7}}
 
+Of a convolution the features are channels, and its kernel is given. Batch norms have an entry of
+their own::
+
+    "resized": {"features.3": {"out_features": 24, "in_features": 20, "kernel_size": [3, 3]}},
+    "norms": {"features.1": 20}
+
 Imports pydantic only, so that any reader can use it: the transformers quantizer, the vLLM plugin,
 a script on a laptop.
 """
@@ -153,11 +159,12 @@ class ModuleSpec(BaseModel):
 
 
 class DenseSize(BaseModel):
-    """Sizes of a dense Linear to which ``config.json``'s own fields give others.
+    """Sizes of a dense Linear or a convolution to which ``config.json``'s own fields give others.
 
     Attributes:
         transposed: its weight is stored as ``(in_features, out_features)``, as by transformers'
             ``Conv1D``.
+        kernel_size: of a convolution of images, whose features are channels.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -165,12 +172,13 @@ class DenseSize(BaseModel):
     out_features: int = Field(ge=1)
     in_features: int = Field(ge=1)
     transposed: bool = False
+    kernel_size: tuple[int, int] | None = None
 
     @property
-    def weight_shape(self) -> tuple[int, int]:
+    def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight as it is stored where it is not quantized."""
         shape = (self.out_features, self.in_features)
-        return shape[::-1] if self.transposed else shape
+        return shape[::-1] if self.transposed else (*shape, *(self.kernel_size or ()))
 
 
 class Producer(BaseModel):
@@ -188,7 +196,9 @@ class Schema(BaseModel):
     Attributes:
         version: the lowest one that has all entries which are used.
         modules: the factored Linears by name.
-        resized: the dense Linears by name to which ``config.json``'s own fields give other sizes.
+        resized: the dense Linears and convolutions by name to which ``config.json``'s own fields
+            give other sizes.
+        norms: features of the batch norms by name, where those fields give another number.
         attributes: plain integers of modules, by the module's name and the attribute's, to which
             those fields give other values: numbers of heads, and of features that are split.
         files: SHA-256 of every weights file by name. Where it is empty, nothing is compared.
@@ -203,6 +213,7 @@ class Schema(BaseModel):
     producer: Producer = Field(default_factory=Producer)
     modules: dict[str, ModuleSpec]
     resized: dict[str, DenseSize] = Field(default_factory=dict)
+    norms: dict[str, Annotated[StrictInt, Field(ge=1)]] = Field(default_factory=dict)
     attributes: dict[str, dict[str, Annotated[StrictInt, Field(ge=0)]]] = Field(
         default_factory=dict
     )
@@ -227,7 +238,7 @@ class Schema(BaseModel):
     def has_own_sizes(self) -> bool:
         """Whether ``config.json``'s own fields give any module other sizes or counts."""
         factored = any(module.resized for module in self.modules.values())
-        return factored or bool(self.resized or self.attributes)
+        return factored or bool(self.resized or self.norms or self.attributes)
 
     @classmethod
     def read(cls, section: dict[str, Any]) -> Self:
@@ -252,7 +263,9 @@ class Schema(BaseModel):
 
     def write(self) -> dict[str, Any]:
         """The JSON form, with defaults left out of the modules' entries."""
-        section = self.model_dump(mode="json", exclude={"modules", "resized", "attributes"})
+        section = self.model_dump(
+            mode="json", exclude={"modules", "resized", "norms", "attributes"}
+        )
         section["modules"] = {
             name: {
                 **module.model_dump(mode="json", exclude_defaults=True),
@@ -265,6 +278,8 @@ class Schema(BaseModel):
                 name: size.model_dump(mode="json", exclude_defaults=True)
                 for name, size in self.resized.items()
             }
+        if self.norms:
+            section["norms"] = self.norms
         if self.attributes:
             section["attributes"] = self.attributes
         return section
@@ -338,6 +353,10 @@ class Schema(BaseModel):
             _check_tensor(shapes, f"{name}.weight", size.weight_shape, given)
             if f"{name}.bias" in shapes:
                 _check_tensor(shapes, f"{name}.bias", (size.out_features,), given)
+        for name, features in self.norms.items():
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                if f"{name}.{key}" in shapes:
+                    _check_tensor(shapes, f"{name}.{key}", (features,), f"{features} features")
 
     def check_files(self, directory: Path) -> None:
         """Compare the weights files in ``directory`` with their checksums; reads all of them.

@@ -45,13 +45,18 @@ def evaluation_forward(model: nn.Module, *, logits: bool) -> Iterator[torch.devi
 
 
 @contextmanager
-def trial(model: Any) -> Iterator[Callable[[], None]]:
-    """Gives a forward pass of the few tokens that transformers keeps for that, whatever they say.
+def trial(
+    model: Any, inputs: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[Callable[[], None]]:
+    """Gives a forward pass of ``inputs``, or of the few tokens that transformers keeps for that,
+    whatever they say.
 
-    Without gradients and logits; modules can be called again inside the context as they were.
+    Without gradients and, of tokens, without logits; modules can be called again inside the context
+    as they were.
     """
-    inputs: dict[str, torch.Tensor] = model.dummy_inputs
-    with evaluation_forward(model, logits=False) as device, torch.no_grad():
+    whole = inputs is not None
+    inputs = inputs or model.dummy_inputs
+    with evaluation_forward(model, logits=whole) as device, torch.no_grad():
         yield lambda: model(**on_device(inputs, device))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cur_modifier.passes.samples import main_input
+
 __all__ = ["drawn_loss"]
 
 
@@ -21,6 +23,7 @@ def drawn_loss(
     Fisher information.
 
     What is drawn follows the outputs: classes of tokens (a language model, tagging) or of samples,
+    as of images,
     the two ends of a span (question answering), a normal variable around a single number
     (regression), or around every feature of the last hidden state (a model without head).
 
@@ -34,7 +37,7 @@ def drawn_loss(
     """
     given = getattr(outputs, "loss", None)
     if given is not None:  # a mean over samples
-        total: torch.Tensor = given * len(inputs["input_ids"])
+        total: torch.Tensor = given * len(main_input(inputs))
         return total
     mask = inputs.get("attention_mask")
     start, end = (getattr(outputs, f"{end}_logits", None) for end in ("start", "end"))

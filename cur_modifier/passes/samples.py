@@ -1,4 +1,4 @@
-"""Calibration batches: which tokens are real, windows in a fixed order."""
+"""Calibration batches: which tokens are real, windows or images in a fixed order."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ __all__ = [
     "collect_samples",
     "first_batches",
     "last_real_token",
+    "main_input",
     "real_rows",
     "real_tokens",
+    "stacked",
     "with_constant",
 ]
 
 _LABELS = ("labels", "start_positions", "end_positions")
 _NOT_INPUTS = (*_LABELS, "loss_mask")
+_MAIN = ("input_ids", "pixel_values")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One window: the model's inputs ``(1, tokens)`` and which of its tokens are real."""
+    """One window: the model's inputs ``(1, tokens)`` and which of its tokens are real. Or one
+    image, which counts as one token."""
 
     inputs: dict[str, torch.Tensor]
     real: torch.Tensor
@@ -35,6 +39,21 @@ class Sample:
     @property
     def tokens(self) -> int:
         return self.real.numel()
+
+
+def main_input(batch: Mapping[str, Any]) -> torch.Tensor:
+    """What a batch is about: its tokens, or its images.
+
+    Raises:
+        ValueError: it holds neither.
+    """
+    found: torch.Tensor | None = next((batch[key] for key in _MAIN if key in batch), None)
+    if found is None:
+        raise ValueError(
+            f"the calibration data have the columns {sorted(batch)}, and none of {list(_MAIN)}. "
+            "Name the model's input so."
+        )
+    return found
 
 
 def collect_samples(batches: Iterable[Mapping[str, Any]], *, labels: bool = False) -> list[Sample]:
@@ -50,7 +69,7 @@ def collect_samples(batches: Iterable[Mapping[str, Any]], *, labels: bool = Fals
     )
     samples = []
     for batch in batches:
-        rows = batch["input_ids"].shape[0]
+        rows = len(main_input(batch))
         tensors = {
             key: value
             for key, value in batch.items()
@@ -58,10 +77,28 @@ def collect_samples(batches: Iterable[Mapping[str, Any]], *, labels: bool = Fals
         }
         for row in range(rows):
             inputs = {key: value[row : row + 1].clone() for key, value in tensors.items()}
-            real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            real = inputs.get("attention_mask", _every_token(main_input(inputs))).bool()
             if real.any():
                 samples.append(Sample(inputs, real.reshape(-1)))
     return sorted(samples, key=lambda sample: digest(sample.inputs.values()))
+
+
+def stacked(samples: Iterable[dict[str, torch.Tensor]], size: int) -> list[dict[str, torch.Tensor]]:
+    """Neighbouring samples of one shape in batches of at most ``size``."""
+    batches: list[list[dict[str, torch.Tensor]]] = []
+    for sample in samples:
+        last = batches[-1] if batches else []
+        if 0 < len(last) < size and _shapes(last[0]) == _shapes(sample):
+            last.append(sample)
+        else:
+            batches.append([sample])
+    return [
+        {key: torch.cat([each[key] for each in batch]) for key in batch[0]} for batch in batches
+    ]
+
+
+def _shapes(sample: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in sample.items()}
 
 
 def first_batches(batches: Iterable[Mapping[str, Any]], samples: int) -> list[Mapping[str, Any]]:
@@ -72,8 +109,12 @@ def first_batches(batches: Iterable[Mapping[str, Any]], samples: int) -> list[Ma
         if seen >= samples:
             break
         chosen.append(batch)
-        seen += batch["input_ids"].shape[0]
+        seen += len(main_input(batch))
     return chosen
+
+
+def _every_token(x: torch.Tensor) -> torch.Tensor:
+    return torch.ones(x.shape[: 1 if x.ndim > 2 else 2], dtype=torch.bool)
 
 
 def real_tokens(batch: Mapping[str, Any]) -> torch.Tensor | None:

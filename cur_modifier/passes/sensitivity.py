@@ -29,9 +29,11 @@ from cur_modifier.linalg import GramAccumulator, curvature_spectrum
 from cur_modifier.passes.context import evaluation_forward, frozen, on_device
 from cur_modifier.passes.grams import SharedGrams
 from cur_modifier.passes.losses import drawn_loss
-from cur_modifier.passes.samples import first_batches, real_tokens
+from cur_modifier.passes.samples import first_batches, main_input, real_tokens
 from cur_modifier.precision import half_products
 from cur_modifier.structure.operators import matrix_of
+from cur_modifier.structure.patches import rows_answered, rows_read
+from cur_modifier.structure.readers import first_tensor
 
 __all__ = ["Curve", "Sensitivity", "fingerprint", "load_or_measure"]
 
@@ -77,7 +79,7 @@ def fingerprint(
         settings["curve"] = curve
     return {
         "model": digest(model.parameters()),
-        "data": digest(batch["input_ids"] for batch in first_batches(batches, samples)),
+        "data": digest(main_input(batch) for batch in first_batches(batches, samples)),
         "settings": json.dumps(settings),
     }
 
@@ -147,18 +149,27 @@ def measure(
     metrics = {name: _Metric() for name in [*modules, *(name for name, _ in layers)]}
     grams = SharedGrams()
     real: torch.Tensor | None = None
+    number = 0
 
     def watch(name: str, place: int, stacked: _Stacked) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-            out.register_hook(stacked.hook(place))
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            take = stacked.hook(place)
+            out.register_hook(lambda gradient: take(rows_answered(module, gradient)))
             if not place:
-                grams.update(name, args[0], real)
+                for [x] in rows_read(module, args[0], seed=number):
+                    grams.update(name, x, real)
 
         return hook
 
     def watch_layer(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            (out[0] if isinstance(out, tuple) else out).register_hook(metrics[name].update)
+            answer = first_tensor(out)
+
+            def update(gradient: torch.Tensor) -> None:
+                # Of images the channels come second.
+                metrics[name].update(gradient.movedim(1, -1) if gradient.ndim == 4 else gradient)
+
+            answer.register_hook(update)
 
         return hook
 
@@ -168,8 +179,10 @@ def measure(
         device = stack.enter_context(evaluation_forward(model, logits=True))
         stack.enter_context(frozen(model))
         stack.enter_context(torch.enable_grad())
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-        stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
+        of_images = any("pixel_values" in batch for batch in batches)
+        if not of_images:
+            embeddings = model.get_input_embeddings()  # type: ignore[operator]
+            stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
         for name, group in modules.items():
             stacked = _Stacked(len(group), metrics[name].update)
             for place, module in enumerate(group):
@@ -178,8 +191,11 @@ def measure(
         for name, layer in layers:
             stack.callback(layer.register_forward_hook(watch_layer(name)).remove)
         for batch in tqdm(batches, desc="Measuring sensitivities"):
+            number += 1
             grams.next_batch()
             inputs = on_device(batch, device)
+            if of_images:
+                inputs["pixel_values"] = inputs["pixel_values"].detach().requires_grad_()
             real = real_tokens(inputs)
             with half_products(next(model.parameters()).dtype, device):
                 outputs = model(**inputs)

@@ -23,7 +23,9 @@ from cur_modifier.passes.context import on_device, replaced_forward
 from cur_modifier.passes.grams import SharedGrams
 from cur_modifier.passes.samples import real_rows, real_tokens, with_constant
 from cur_modifier.precision import half_products
-from cur_modifier.structure.readers import LastRead
+from cur_modifier.structure.operators import is_convolution
+from cur_modifier.structure.patches import rows_read
+from cur_modifier.structure.readers import LastRead, first_tensor
 
 __all__ = ["LayerStreams"]
 
@@ -39,12 +41,13 @@ class _Arguments(NamedTuple):
 
 @dataclass
 class _Batch:
-    """One batch between two layers: hidden states ``(samples, tokens, hidden)`` of both models."""
+    """One batch between two layers: hidden states of both models, ``(samples, tokens, hidden)`` or,
+    of images, ``(samples, channels, height, width)``."""
 
     dense: torch.Tensor
     compressed: torch.Tensor
     arguments: list[_Arguments]  # of every layer, behind the hidden state
-    real: torch.Tensor  # (samples, tokens), False for padding
+    real: torch.Tensor  # (samples, tokens), False for padding; (samples,) of images
 
 
 class LayerStreams:
@@ -106,8 +109,8 @@ class LayerStreams:
             samples = self.batches[batch].dense.shape[0]
             args = _row(args, row, samples)
             kwargs = {key: _row(value, row, samples) for key, value in kwargs.items()}
-        out = self.layer(hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        out: torch.Tensor = first_tensor(self.layer(hidden, *args, **kwargs))
+        return out
 
     @torch.no_grad()
     def run_dense(
@@ -119,7 +122,8 @@ class LayerStreams:
             The layer's outputs by batch; where they are kept, the inputs of ``modules`` by name and
             batch (one tensor for modules that read the same), of those that a batch reaches; and
             the names of the modules that any batch reaches, grouped by the tensor that they read,
-            in the order of execution.
+            in the order of execution. A convolution is in a group of its own: its kernel decides
+            what it multiplies.
         """
         outputs: list[torch.Tensor] = []
         inputs: dict[str, dict[int, torch.Tensor]] = {name: {} for name in modules}
@@ -134,7 +138,7 @@ class LayerStreams:
                 if name in reached:
                     return
                 reached.add(name)
-                if last.is_again(args[0]):
+                if last.is_again(args[0]) and not is_convolution(modules[name]):
                     groups[-1].append(name)
                 else:
                     groups.append([name])
@@ -161,7 +165,8 @@ class LayerStreams:
         *,
         constant: bool = False,
     ) -> PairedMoments:
-        """Moments of ``module``'s inputs, the compressed model's beside the dense one's.
+        """Moments of ``module``'s inputs, the compressed model's beside the dense one's; of a
+        convolution, those of patches at a seeded choice of positions.
 
         Where the two see different numbers of tokens (an expert that routing reaches differently),
         or the dense inputs were not kept, the dense ones are left out: the module is then not
@@ -179,10 +184,11 @@ class LayerStreams:
             if dense.shape != x.shape:
                 dense = x
             real = self.batches[index].real
-            rows = real_rows(x, real), real_rows(dense, real)
-            if constant:
-                rows = with_constant(rows[0]), with_constant(rows[1])
-            moments.update(*rows)
+            for pair in rows_read(module, x, dense, seed=index):
+                rows = real_rows(pair[0], real), real_rows(pair[1], real)
+                if constant:
+                    rows = with_constant(rows[0]), with_constant(rows[1])
+                moments.update(*rows)
         return moments
 
     @torch.no_grad()
@@ -325,10 +331,10 @@ class LayerStreams:
         left: list[torch.Tensor] = []
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entered.append((args[0] if args else kwargs["hidden_states"]).clone())
+            entered.append(_entering(args, kwargs)[0].clone())
 
         def leave(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            left.append((out[0] if isinstance(out, tuple) else out).clone())
+            left.append(first_tensor(out).clone())
 
         with ExitStack() as stack:
             for layer in self._layers:
@@ -354,7 +360,8 @@ class LayerStreams:
         last = self._layers[-1]
 
         def passing(layer: nn.Module) -> Callable[..., Any]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            def forward(*given: Any, **named: Any) -> Any:
+                hidden_states, args, kwargs = _entering(given, named)
                 if kwargs.get("past_key_values") is not None:
                     raise ValueError(
                         f"{type(self._model).__name__} hands a cache of keys and values to its "
@@ -377,7 +384,8 @@ class LayerStreams:
                 self._model(**inputs)
         real = real_tokens(inputs)
         if real is None:
-            real = torch.ones(first[0].shape[:2], dtype=torch.bool, device=self.device)
+            shape = first[0].shape[: 2 if first[0].ndim == 3 else 1]
+            real = torch.ones(shape, dtype=torch.bool, device=self.device)
         return _Batch(first[0], first[0], arguments, real=real)
 
 
@@ -405,6 +413,17 @@ class _End:
     def answering(self, index: int) -> Callable[..., Any]:
         out = self.outputs[index]
         return lambda *args, **kwargs: out if self.rest is None else (out, *self.rest)
+
+
+def _entering(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden state that a layer is given, and its other arguments. A model that is one layer as
+    a whole is given images."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    name = "hidden_states" if "hidden_states" in kwargs else "pixel_values"
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
 def _fitted(module: nn.Module) -> bool:

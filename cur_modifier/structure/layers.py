@@ -1,4 +1,4 @@
-"""Decoder layers, in order."""
+"""Decoder layers, and blocks of convolutions, in order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from compressed_tensors.utils import match_named_modules
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from torch import nn
 
-__all__ = ["decoder_layers"]
+__all__ = ["below", "convolution_blocks", "decoder_layers"]
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -31,6 +31,35 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
             "transformers models are supported."
         )
     return layers
+
+
+def convolution_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks of convolutions by name, in the order of the model.
+
+    They are the members of the innermost lists whose members all have one class and hold several
+    convolutions, as the residual blocks of a ResNet's stages. A model without such lists, a plain
+    chain, is one layer as a whole: its name is empty. A chain in parts, each an ``nn.Sequential``,
+    is a chain.
+    """
+    lists = {
+        name: [(f"{name}.{key}", child) for key, child in module.named_children()]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and _are_blocks(module)
+    }
+    inner = [n for n in lists if not any(other.startswith(below(n)) for other in lists)]
+    return [item for name in inner for item in lists[name]] or [("", model)]
+
+
+def below(layer: str) -> str:
+    """What the names of all modules inside a layer begin with; nothing for the model itself."""
+    return f"{layer}." if layer else ""
+
+
+def _are_blocks(modules: nn.Module) -> bool:
+    members = list(modules.children())
+    convolutions = [sum(isinstance(m, nn.Conv2d) for m in each.modules()) for each in members]
+    classes = {type(member) for member in members}
+    return len(classes) == 1 and nn.Sequential not in classes and min(convolutions) > 1
 
 
 def _longest_list(model: nn.Module) -> list[tuple[str, nn.Module]]:

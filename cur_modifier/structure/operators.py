@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["as_matrix", "matrix_of", "smaller"]
+__all__ = ["as_matrix", "is_convolution", "matrix_of", "smaller"]
 
 
 def as_matrix(module: nn.Module) -> torch.Tensor | None:
@@ -25,6 +27,11 @@ def as_matrix(module: nn.Module) -> torch.Tensor | None:
     return None
 
 
+def is_convolution(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is a convolution of images that multiplies by one matrix."""
+    return isinstance(module, nn.Conv2d) and module.groups == 1
+
+
 def matrix_of(module: nn.Module) -> torch.Tensor:
     """The weight ``(m, n)`` of a module that has one, without gradients."""
     matrix = as_matrix(module)
@@ -34,8 +41,9 @@ def matrix_of(module: nn.Module) -> torch.Tensor:
 
 def smaller(
     module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None
-) -> nn.Linear | Conv1D:
-    """A module of the same kind, ``nn.Linear`` or ``Conv1D``, with another weight ``(m, n)``.
+) -> nn.Linear | Conv1D | nn.Conv2d:
+    """A module of the same kind, ``nn.Linear``, ``Conv1D`` or ``nn.Conv2d``, with another weight
+    ``(m, n)``.
 
     Its dtype and device are those of the old weight.
 
@@ -44,9 +52,12 @@ def smaller(
     """
     m, n = weight.shape
     old = matrix_of(module)
-    made: nn.Linear | Conv1D
+    made: nn.Linear | Conv1D | nn.Conv2d
     if isinstance(module, Conv1D):
         made, stored = Conv1D(m, n), weight.T
+    elif is_convolution(module):
+        made = _convolution_like(module, n // module.weight[0, 0].numel(), m, bias is not None)
+        stored = weight.reshape(made.weight.shape)
     else:
         with torch.device("meta"):
             made, stored = nn.Linear(n, m, bias=bias is not None), weight
@@ -57,3 +68,17 @@ def smaller(
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(old).clone(), requires_grad=not frozen)
     return made.train(module.training)
+
+
+def _convolution_like(module: nn.Conv2d, channels: int, outputs: int, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(
+        channels,
+        outputs,
+        module.kernel_size,  # type: ignore[arg-type]
+        stride=module.stride,  # type: ignore[arg-type]
+        padding=module.padding,  # type: ignore[arg-type]
+        dilation=module.dilation,  # type: ignore[arg-type]
+        padding_mode=module.padding_mode,
+        bias=bias,
+        device="meta",
+    )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-__all__ = ["Call", "LastRead", "called_once", "recorded"]
+__all__ = ["Call", "LastRead", "called_once", "first_tensor", "recorded"]
 
 
 class Call(NamedTuple):
@@ -23,6 +23,16 @@ class Call(NamedTuple):
     def tensor(self) -> int:
         """Tells the tensor that was read from others, while this call is held."""
         return id(self.args[0])
+
+
+def first_tensor(answer: Any) -> Any:
+    """The tensor that a module hands on: the first of a tuple, or of a model's outputs, where it is
+    not the loss."""
+    if isinstance(answer, tuple):
+        return answer[0]
+    if isinstance(answer, Mapping):
+        return next((value for key, value in answer.items() if key != "loss"), None)
+    return answer
 
 
 class LastRead:

@@ -7,7 +7,7 @@ until the layer without some units answers as the whole one does with zeros in t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations, islice
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from cur_modifier.linalg import kept_features
+from cur_modifier.structure.channels import channel_layouts, norms_below
 from cur_modifier.structure.heads import head_layouts
-from cur_modifier.structure.operators import as_matrix, matrix_of
-from cur_modifier.structure.readers import Call, called_once, recorded
-from cur_modifier.structure.removal import Kind, Units, dense_matrices, remove
+from cur_modifier.structure.layers import below
+from cur_modifier.structure.operators import as_matrix, is_convolution, matrix_of
+from cur_modifier.structure.readers import Call, called_once, first_tensor, recorded
+from cur_modifier.structure.removal import Kind, Units, dense_matrices, left_of, remove
 
 __all__ = ["find_units"]
 
@@ -47,17 +48,39 @@ def find_units(
     it, for one that is right four.
     """
     matrices = {name: m for layer in layers for name, m in dense_matrices(model, layer).items()}
-    with recorded(model, [*matrices, *layers]) as every_call:
+    norms = norms_below(model, layers) if "channels" in kinds else {}
+    with recorded(model, [*matrices, *norms, *layers]) as every_call:
         run()
     calls = called_once(every_call) | {n: c[0] for n, c in every_call.items() if n in layers}
     found: list[Units] = []
     for layer in layers:
-        ran = {n: matrices[n] for n in calls if n in matrices and n.startswith(f"{layer}.")}
+        inside = [n for n in calls if n.startswith(below(layer))]
+        ran = {n: matrices[n] for n in inside if n in matrices}
+        linears = {n: m for n, m in ran.items() if not is_convolution(m)}
+        trial = _Trial(model, layer, calls)
         for kind in kinds:
-            trial = _Trial(model, layer, calls)
+            if kind == "channels":
+                own = {n: norms[n] for n in inside if n in norms}
+                found += _first_proven(trial, channel_layouts(layer, inside, ran, own, calls))
+                continue
             layouts = _neurons if kind == "neurons" else _heads
-            proven = map(trial.proven, layouts(model, layer, ran, calls))
+            proven = map(trial.proven, layouts(model, layer, linears, calls))
             found += [units for units in proven if units is not None]
+    return found
+
+
+def _first_proven(trial: _Trial, layouts: Iterable[Units]) -> list[Units]:
+    """Of the layouts that have a producer or the consumer in common, the first that is proven."""
+    found: list[Units] = []
+    producers: set[str] = set()
+    consumers: set[str] = set()
+    for units in layouts:
+        if units.consumer in consumers or not producers.isdisjoint(units.producers):
+            continue
+        if (proven := trial.proven(units)) is not None:
+            found.append(proven)
+            producers.update(proven.producers)
+            consumers.add(proven.consumer)
     return found
 
 
@@ -99,13 +122,14 @@ class _Trial:
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What the consumer reads of the units ``kept``, and what the layer answers: without the
         others, or by default with zeros in their place. None where it can't be run."""
-        name = units.consumer.removeprefix(f"{units.layer}.")
         holder = nn.Module()
         # A copy by its own name: names of units are those of the whole model.
-        _plant(holder, units.layer, copy.deepcopy(self._model.get_submodule(units.layer)).float())
-        layer = holder.get_submodule(units.layer)
-        width = self._calls[units.consumer].args[0].shape[-1]
-        left = kept_features(units.reads, kept, width)
+        layer = copy.deepcopy(self._model.get_submodule(units.layer)).float()
+        if units.layer:
+            _plant(holder, units.layer, layer)
+        else:
+            holder = layer
+        axis, left = left_of(units, kept, holder.get_submodule(units.consumer))
         if removed is not None:
             remove(holder, removed, kept)
         read: list[torch.Tensor] = []
@@ -115,20 +139,19 @@ class _Trial:
             if removed is not None:
                 read.append(x)
                 return None
-            read.append(x[..., left])
+            read.append(x.index_select(axis, left.to(x.device)))
             zeros = torch.zeros_like(x)
-            zeros[..., left] = x[..., left]
-            return (zeros, *args[1:])
+            return (zeros.index_copy(axis, left.to(x.device), read[-1]), *args[1:])
 
         call = self._calls[units.layer]
         with ExitStack() as stack:
-            handle = layer.get_submodule(name).register_forward_pre_hook(look)
+            handle = holder.get_submodule(units.consumer).register_forward_pre_hook(look)
             stack.callback(handle.remove)
             try:
                 out = layer(*_float(call.args), **_float(call.kwargs))
             except (RuntimeError, ValueError, IndexError):  # sizes that do not go together
                 return None
-        out = out[0] if isinstance(out, tuple) else out
+        out = first_tensor(out)
         return (read[0], out) if len(read) == 1 and torch.is_tensor(out) else None
 
 
@@ -180,8 +203,11 @@ def _counting(model: nn.Module, units: Units) -> Iterator[dict[tuple[str, str], 
     """Sets of attributes that may count units, the smallest first.
 
     They are integers of the modules around producers and consumer that are as large as the number
-    of units, of query heads, or of features.
+    of units, of query heads, or of features. Channels are counted by none.
     """
+    if units.kind == "channels":
+        yield {}
+        return
     around = _common_parent(units.modules)
     sizes = {units.count, units.reads.numel()}
     sizes |= {features.numel() for features in units.producers.values()}

@@ -338,7 +338,9 @@ def test_what_no_checkpoint_can_record_is_refused(name: str, tmp_path: Path) -> 
 def test_other_tensors_of_other_shapes_are_refused() -> None:
     model = resized()
     model.model.norm.weight = torch.nn.Parameter(torch.ones(WIDTH - 1))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(15,\).*Linears only"):
+    with pytest.raises(
+        ValueError, match=r"model\.norm\.weight has shape \(15,\).*batch norms only"
+    ):
         differences(model)
 
 
@@ -346,4 +348,70 @@ def test_a_bias_that_came_or_went_is_refused() -> None:
     model = resized("OPTForCausalLM")
     model.model.decoder.layers[0].fc1.bias = None
     with pytest.raises(ValueError, match=r"fc1 has no bias, where the model's config builds one"):
+        differences(model)
+
+
+def without_channels(model: Any) -> Any:
+    """Half of the channels inside every block of a ResNet gone."""
+    from torch import nn
+
+    for stage in model.resnet.encoder.stages:
+        for block in stage.layers:
+            first, second = block.layer
+            half = first.convolution.out_channels // 2
+            for module, side in ((first.convolution, 0), (second.convolution, 1)):
+                module.weight = nn.Parameter(module.weight.detach().narrow(side, 0, half).clone())
+            first.convolution.out_channels = second.convolution.in_channels = half
+            norm = first.normalization
+            for key in ("weight", "bias"):
+                setattr(norm, key, nn.Parameter(getattr(norm, key).detach()[:half].clone()))
+            for key in ("running_mean", "running_var"):
+                setattr(norm, key, getattr(norm, key)[:half].clone())
+            norm.num_features = half
+    return model
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_convolutions_and_batch_norms_come_back(
+    small_resnet: Callable[..., Any], images: Any, tmp_path: Path, remote: bool
+) -> None:
+    import transformers
+
+    small_resnet(0).save_pretrained(tmp_path / "dense")
+    model = transformers.ResNetForImageClassification.from_pretrained(tmp_path / "dense").eval()
+    mark_resized(model)
+    assert differences(model) == Differences()
+    without_channels(model)
+    found = differences(model)
+    assert len(found.dense) == 8 and len(found.norms) == 4 and not found.integers
+    wrap_save_pretrained(model)
+    model.save_pretrained(tmp_path / "out")
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert section["version"] == 2 and len(section["norms"]) == 4
+    with torch.no_grad():
+        wanted = model(**images[0]).logits
+    if remote:
+        torch.save(images[0], tmp_path / "images.pt")
+        script = (
+            "import sys, torch; from transformers import AutoModelForImageClassification as M\n"
+            f"model = M.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True).eval()\n"
+            f"batch = torch.load({str(tmp_path / 'images.pt')!r})\n"
+            "torch.save(model(**batch).logits.detach(), sys.argv[1])\n"
+            "assert 'cur_modifier' not in sys.modules\n"
+        )
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / "l.pt")], check=True)
+        answer = torch.load(tmp_path / "l.pt")
+    else:
+        loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        with torch.no_grad():
+            answer = loaded.eval()(**images[0]).logits
+    torch.testing.assert_close(answer, wanted)
+
+
+def test_a_norm_that_disagrees_with_its_size_is_refused(small_resnet: Callable[..., Any]) -> None:
+    model = without_channels(small_resnet(0))
+    mark_resized(model)
+    norm = model.resnet.encoder.stages[0].layers[0].layer[0].normalization
+    norm.num_features = 7
+    with pytest.raises(ValueError, match=r"normalization.weight has shape \(4,\).*give \(7,\)"):
         differences(model)

@@ -356,3 +356,42 @@ def test_resized_tensors_are_compared(transposed: bool, key: str, shape: tuple[i
         schema.check_tensors(larger)
     with pytest.raises(SchemaError, match=r"a\.up_proj\.bias has shape \(7,\)"):
         schema.check_tensors(shapes | {"a.up_proj.bias": (7,)})
+
+
+CONVOLUTION = {"out_features": 5, "in_features": 2, "kernel_size": [3, 3]}
+CONVOLUTION_SHAPES = {
+    "f.3.weight": (5, 2, 3, 3),
+    "f.3.bias": (5,),
+    "f.1.weight": (2,),
+    "f.1.running_var": (2,),
+}
+
+
+def test_convolutions_and_norms_come_back() -> None:
+    given = section(version=2, modules={}, resized={"f.3": CONVOLUTION}, norms={"f.1": 2})
+    schema = Schema.read(given)
+    assert schema.resized["f.3"].weight_shape == (5, 2, 3, 3) and schema.norms == {"f.1": 2}
+    written = schema.write()
+    assert written["version"] == 2
+    assert written["resized"] == {"f.3": CONVOLUTION} and written["norms"] == {"f.1": 2}
+    assert Schema.read(written) == schema
+    schema.check_tensors(CONVOLUTION_SHAPES)
+    for name, shape in (("f.3.weight", (5, 3, 3, 3)), ("f.1.running_var", (3,))):
+        with pytest.raises(SchemaError, match=f"{name} has shape"):
+            schema.check_tensors(CONVOLUTION_SHAPES | {name: shape})
+
+
+def test_without_convolutions_nothing_is_written_of_them() -> None:
+    given = section(
+        version=2, modules={}, resized={"a.up_proj": {"out_features": 5, "in_features": 2}}
+    )
+    written = Schema.read(given).write()
+    assert "norms" not in written
+    assert written["resized"] == {"a.up_proj": {"out_features": 5, "in_features": 2}}
+
+
+@pytest.mark.parametrize("features", [0, 1.5, "3", True])
+def test_features_of_a_norm_are_a_count(features: Any) -> None:
+    given = section(version=2, modules={}, resized={"f.3": CONVOLUTION}, norms={"f.1": features})
+    with pytest.raises(SchemaError, match=r"norms\.`f\.1`"):
+        Schema.read(given)

@@ -105,3 +105,13 @@ def test_modules_can_be_called_again_as_they_were_in_a_trial(model: Any) -> None
         assert not out.requires_grad
         torch.testing.assert_close(layer(*args, **kwargs), out)
     handle.remove()
+
+
+def test_a_trial_of_given_inputs(small_resnet: Callable[..., Any], images: Any) -> None:
+    model = small_resnet(0)
+    found: list[torch.Tensor] = []
+    handle = model.register_forward_hook(lambda _, args, out: found.append(out.logits))
+    with trial(model, images[0]) as run:
+        run()
+    handle.remove()
+    assert found[0].shape == (4, 5) and not found[0].requires_grad

@@ -88,3 +88,12 @@ def test_what_nobody_knows_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"answers \['pooled'\].*`fit: gram` and a uniform"):
         drawn_loss(Outputs(pooled=torch.zeros(1, 2)), inputs(), torch.Generator())
+
+
+def test_the_loss_of_images_is_summed_over_them() -> None:
+    images = {"pixel_values": torch.zeros(6, 3, 4, 4)}
+    given = SimpleNamespace(loss=torch.tensor(0.5))
+    assert float(drawn_loss(given, images, torch.Generator())) == 3.0
+    logits = torch.zeros(6, 3, requires_grad=True)
+    found = drawn_loss(SimpleNamespace(logits=logits), images, torch.Generator())
+    assert float(found.detach()) == pytest.approx(6 * torch.tensor(3.0).log().item())

@@ -15,8 +15,10 @@ from cur_modifier.passes.samples import (
     collect_samples,
     first_batches,
     last_real_token,
+    main_input,
     real_rows,
     real_tokens,
+    stacked,
     with_constant,
 )
 
@@ -95,3 +97,29 @@ def test_the_constant_is_a_last_feature(rows: int, features: int, dtype: torch.d
     assert wide.shape == (rows, features + 1) and wide.dtype == dtype
     assert torch.equal(wide[:, :-1], x) and bool((wide[:, -1] == 1).all())
     assert torch.equal(x, before)
+
+
+def test_images_are_samples() -> None:
+    pixels = torch.randn(3, 3, 4, 4)
+    given = {"pixel_values": pixels, "labels": torch.arange(3)}
+    samples = collect_samples([given], labels=True)
+    assert len(samples) == 3 and all(sample.tokens == 1 for sample in samples)
+    for sample in samples:
+        [label] = sample.inputs["labels"].tolist()
+        assert torch.equal(sample.inputs["pixel_values"], pixels[label : label + 1])
+    assert collect_samples([given])[0].inputs.keys() == {"pixel_values"}
+    assert len(first_batches([given] * 3, 4)) == 2
+
+
+def test_data_that_hold_neither_tokens_nor_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"columns \['x'\].*input_ids.*Name the model's input so"):
+        main_input({"x": torch.ones(2)})
+
+
+def test_neighbours_of_one_shape_are_stacked() -> None:
+    samples = [
+        {"pixel_values": torch.full((1, 1, side, side), float(number))}
+        for number, side in enumerate((3, 3, 3, 4, 4))
+    ]
+    found = [batch["pixel_values"][:, 0, 0, 0].tolist() for batch in stacked(samples, 2)]
+    assert found == [[0.0, 1.0], [2.0], [3.0, 4.0]]

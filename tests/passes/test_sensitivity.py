@@ -226,3 +226,49 @@ def test_a_fingerprint_without_a_curve_is_what_it_was(model: Any) -> None:
     plain = fingerprint(model, *given)
     assert fingerprint(model, *given, "") == plain and "curve" not in plain["settings"]
     assert fingerprint(model, *given, "traces") != plain
+
+
+def test_gradients_of_convolutions_are_rows_of_positions(
+    small_resnet: Callable[..., Any], images: Any
+) -> None:
+    """``E[g gᵀ]`` over all positions of all images, of a classifier's labels."""
+    model = small_resnet(0)
+    name = "resnet.encoder.stages.1.layers.1.layer.1.convolution"
+    module = model.get_submodule(name)
+    labelled = [b | {"labels": torch.arange(4)} for b in images]
+    seen: list[torch.Tensor] = []
+
+    def curve(_: str, W: torch.Tensor, G: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+        seen.append(G)
+        return W.new_zeros(1)
+
+    layer = ("resnet.encoder.stages.1.layers.1", model.get_submodule(name.rsplit(".", 3)[0]))
+    found = measure(model, {name: [module]}, [layer], labelled, seed=0, curve=curve)
+    total, positions = torch.zeros(16, 16), 0
+    gram, reads = torch.zeros(144, 144), []
+    handle = module.register_forward_hook(lambda _, args, out: reads.append((args[0], out)))
+    for batch in labelled:
+        loss = model(**batch).loss * 4
+        x, out = reads.pop()
+        [g] = torch.autograd.grad(loss, out)
+        rows = g.movedim(1, -1).reshape(-1, 16)
+        total, positions = total + rows.T @ rows, positions + len(rows)
+        patches = nn.functional.unfold(x, 3, padding=1).mT.reshape(-1, 144)
+        gram += patches.T @ patches
+    handle.remove()
+    torch.testing.assert_close(
+        found.outputs[name].float(),
+        total / positions,
+        rtol=0.02,
+        atol=1e-3 * float(total.abs().max()) / positions,
+    )
+    torch.testing.assert_close(seen[0], (gram / positions).detach(), rtol=1e-3, atol=1e-5)
+    assert found.outputs[layer[0]].shape == (16, 16)
+
+
+def test_other_images_are_another_measurement(
+    small_resnet: Callable[..., Any], images: Any
+) -> None:
+    model = small_resnet(0)
+    one, other = (fingerprint(model, {}, data, 4, 0) for data in (images, images[1:]))
+    assert one["data"] != other["data"] and one["model"] == other["model"]

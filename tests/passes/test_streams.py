@@ -290,3 +290,48 @@ def test_padding_counts_in_no_moment(model: nn.Module) -> None:
     assert moments.tokens == 16 * BATCHES
     for gram in (streams.grams({"down": down})["down"], moments.moments()[0][:-1, :-1]):
         torch.testing.assert_close(gram.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_of_convolutions_run_by_themselves(
+    small_resnet: Callable[..., Any], images: list[dict[str, torch.Tensor]]
+) -> None:
+    model = small_resnet(0)
+    blocks = [b for stage in model.resnet.encoder.stages for b in stage.layers]
+    with torch.no_grad():
+        wanted = [model.resnet(**batch).last_hidden_state for batch in images]
+    streams = LayerStreams(model, blocks, images, torch.device("cpu"))
+    for block in blocks:
+        convolutions = {n: m for n, m in block.named_modules() if isinstance(m, nn.Conv2d)}
+        outputs, inputs, groups = streams.run_dense(convolutions, keep_inputs=True)
+        assert sorted(groups) == sorted([name] for name in convolutions)
+        for name, module in convolutions.items():
+            channels = module.in_channels * module.weight[0, 0].numel()
+            gram, drift = streams.moments(module, inputs[name], channels).moments()
+            x = torch.cat(list(inputs[name].values()))
+            unfolded = nn.functional.unfold(
+                x, module.kernel_size, padding=module.padding, stride=module.stride
+            )
+            rows = unfolded.mT.reshape(-1, channels)
+            torch.testing.assert_close(gram, rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
+            assert not drift.any()
+        streams.advance(outputs, changed=False)
+    for batch, hidden in zip(streams.batches, wanted, strict=True):
+        torch.testing.assert_close(batch.dense, hidden)
+
+
+def test_a_model_may_be_one_layer_as_a_whole(
+    small_resnet: Callable[..., Any], images: list[dict[str, torch.Tensor]]
+) -> None:
+    model = small_resnet(0)
+    streams = LayerStreams(model, [model], images, torch.device("cpu"))
+    outputs, _, groups = streams.run_dense(
+        {"stem": model.resnet.embedder.embedder.convolution}, keep_inputs=False
+    )
+    assert groups == [["stem"]]
+    with torch.no_grad():
+        for batch, out in zip(images, outputs, strict=True):
+            torch.testing.assert_close(out, model(**batch).logits)
+    moments = streams.moments(
+        model.resnet.encoder.stages[1].layers[0].layer[0].convolution, {}, 72, constant=True
+    )
+    assert moments.features == 73 and float(moments.moments()[0][-1, -1]) == pytest.approx(1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 pytest.importorskip("llmcompressor")
 
-from cur_modifier.structure.operators import as_matrix, smaller
+from cur_modifier.structure.operators import as_matrix, is_convolution, smaller
 
 
 @pytest.mark.parametrize("module", [nn.Linear(5, 3), Conv1D(3, 5)])
@@ -29,6 +31,37 @@ def test_a_convolution_multiplies_patches() -> None:
     torch.testing.assert_close(
         (matrix @ patches).view(1, 4, 4, 4) + module.bias[:, None, None], module(x)
     )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (3, 2), "stride": 2, "bias": False},
+        {"kernel_size": 3, "padding": "same", "dilation": 2, "padding_mode": "reflect"},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_smaller_convolution_has_fewer_channels(
+    fields: dict[str, Any], dtype: torch.dtype
+) -> None:
+    module = nn.Conv2d(3, 5, **fields).to(dtype).requires_grad_(False)
+    matrix = as_matrix(module)
+    assert matrix is not None
+    places = module.weight[0, 0].numel()
+    bias = None if module.bias is None else module.bias[:2]
+    made = smaller(module, matrix[:2, : 2 * places], bias)
+    x = torch.randn(2, 3, 9, 8, dtype=dtype)
+    x[:, 2] = 0
+    torch.testing.assert_close(made(x[:, :2]), module(x)[:, :2])
+    assert is_convolution(made) and (made.out_channels, made.in_channels) == (2, 2)
+    assert not made.weight.requires_grad and made.weight.dtype == dtype
+
+
+def test_which_modules_are_convolutions_of_images() -> None:
+    assert is_convolution(nn.Conv2d(4, 4, 2))
+    for other in (nn.Conv2d(4, 4, 2, groups=2), nn.Conv1d(4, 4, 2), nn.Linear(4, 4), None):
+        assert not is_convolution(other)
 
 
 def test_it_is_a_view() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cur_modifier.structure.readers import LastRead, called_once, recorded
+from cur_modifier.structure.readers import LastRead, called_once, first_tensor, recorded
 
 
 class Block(nn.Module):
@@ -59,3 +59,10 @@ def test_nothing_is_recorded_outside() -> None:
         pass
     model(torch.randn(2, 3))
     assert calls == {} and not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_tensor_that_is_handed_on() -> None:
+    x, loss = torch.ones(2), torch.zeros(())
+    for answer in (x, (x, loss), {"loss": loss, "logits": x}, {"logits": x, "hidden_states": None}):
+        assert first_tensor(answer) is x
+    assert first_tensor({"loss": loss}) is None and first_tensor("else") == "else"

@@ -1,1 +1,1 @@
-"""Removal of neurons and heads."""
+"""Removal of neurons, heads and channels."""

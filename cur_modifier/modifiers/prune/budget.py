@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from cur_modifier.linalg import RankCurve, allocate_ranks
 from cur_modifier.modifiers.prune.config import BudgetConfig, Measure
 from cur_modifier.modifiers.report import parameter_count
+from cur_modifier.structure.layers import below
 from cur_modifier.structure.operators import as_matrix, matrix_of
 from cur_modifier.structure.removal import Kind, Units
 
@@ -25,22 +26,42 @@ class Costs:
     Attributes:
         unit: of one unit, by the consumer's name.
         total: of all that the budget is a share of.
+        shared: what two units have in common, by their consumers' names: a convolution that reads
+            the one and computes the other goes but once.
     """
 
     unit: Mapping[str, int]
     total: int
+    shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def left(self, units: Sequence[Units], counts: Mapping[str, int]) -> int:
         """What is left with so many units kept, by the consumer's name."""
-        gone = sum((u.count - counts[u.consumer]) * self.unit[u.consumer] for u in units)
-        return self.total - gone
+        gone = {u.consumer: u.count - counts[u.consumer] for u in units}
+        once = sum(number * self.unit[name] for name, number in gone.items())
+        twice = sum(gone[one] * gone[other] * w for (one, other), w in self.shared.items())
+        return self.total - once + twice
 
 
 def costs_of(
-    model: nn.Module, units: Sequence[Units], measure: Measure, sequence_length: int
+    model: nn.Module,
+    units: Sequence[Units],
+    measure: Measure,
+    sequence_length: int,
+    positions: Mapping[str, int] | None = None,
 ) -> Costs:
-    """Parameters, or multiply-accumulates of one sequence, of the layers that hold the units."""
+    """Parameters, or multiply-accumulates of one sequence, of the layers that hold the units.
+
+    Args:
+        positions: of one image, how often each module multiplies, by its name. In place of
+            ``sequence_length``, for convolutions.
+    """
     layers = dict.fromkeys(each.layer for each in units)
+    if measure == "macs" and positions:
+        unit = {u.consumer: _image_macs(model, u, positions) for u in units}
+        names = [n for n in positions if any(n.startswith(below(layer)) for layer in layers)]
+        weights = {n: model.get_parameter(f"{n}.weight").numel() for n in names}
+        total = sum(weights[n] * positions[n] for n in names)
+        return Costs(unit, total, _shared(units, positions))
     if measure == "macs":
         unit = {u.consumer: _macs(model, u, sequence_length) for u in units}
         products = sum(_products(model.get_submodule(name), sequence_length) for name in layers)
@@ -48,7 +69,7 @@ def costs_of(
         return Costs(unit, products + attention)
     unit = {u.consumer: _parameters(model, u) for u in units}
     counted = [model] if measure == "parameters" else [model.get_submodule(n) for n in layers]
-    return Costs(unit, sum(map(parameter_count, counted)))
+    return Costs(unit, sum(map(parameter_count, counted)), _shared(units, {}))
 
 
 def by_sensitivity(
@@ -86,15 +107,21 @@ def by_sensitivity(
             )
         )
     free = sum(curve.dense for curve in curves)
+
+    def counts_for(wanted: float) -> dict[str, int]:
+        picked = allocate_ranks(curves, wanted / free, least=budget.least)
+        counts: dict[str, int] = {}
+        for group, kept in zip(groups.values(), picked, strict=True):
+            for each in group:
+                step = multiple_of[each.kind]
+                counts[each.consumer] = each.count if kept is None else kept * step
+        return counts
+
     wanted = budget.share * costs.total - (costs.total - free)
+    if costs.shared:
+        return _within(units, costs, budget, counts_for, _least(budget, curves), free)
     _require(wanted, free, costs, budget, curves)
-    picked = allocate_ranks(curves, wanted / free, least=budget.least)
-    counts: dict[str, int] = {}
-    for group, kept in zip(groups.values(), picked, strict=True):
-        for each in group:
-            step = multiple_of[each.kind]
-            counts[each.consumer] = each.count if kept is None else kept * step
-    return counts
+    return counts_for(wanted)
 
 
 def evenly(
@@ -127,7 +154,14 @@ def _require(
     budget: BudgetConfig,
     curves: Sequence[RankCurve],
 ) -> None:
-    least = 0.0
+    least = _least(budget, curves)
+    if least > wanted:
+        raise ValueError(_too_small(costs, budget, int(costs.total - free + least)))
+
+
+def _least(budget: BudgetConfig, curves: Sequence[RankCurve]) -> int:
+    """What the smallest counts that may be kept cost."""
+    least = 0
     for curve in curves:
         enough = [
             curve.stored(k)
@@ -135,8 +169,44 @@ def _require(
             if curve.stored(k) >= budget.least * curve.dense
         ]
         least += min(enough, default=curve.dense)
-    if least > wanted:
-        raise ValueError(_too_small(costs, budget, int(costs.total - free + least)))
+    return least
+
+
+def _within(
+    units: Sequence[Units],
+    costs: Costs,
+    budget: BudgetConfig,
+    counts_for: Callable[[float], dict[str, int]],
+    least: int,
+    free: int,
+) -> dict[str, int]:
+    """Counts whose cost is within the budget where units share some: the summed prices that are
+    allowed are bisected until it is."""
+    allowed = budget.share * costs.total
+    low, high = float(least + 1), float(free)
+    found = counts_for(low)
+    if (left := costs.left(units, found)) > allowed:
+        raise ValueError(_too_small(costs, budget, left))
+    while high - low > min(costs.unit.values()):
+        middle = (low + high) / 2
+        trial = counts_for(middle)
+        if costs.left(units, trial) > allowed:
+            high = middle
+        else:
+            low, found = middle, trial
+    return found
+
+
+def _shared(units: Sequence[Units], positions: Mapping[str, int]) -> dict[tuple[str, str], int]:
+    """What a unit that a module reads and one that it computes have in common."""
+    found: dict[tuple[str, str], int] = {}
+    reading = {each.consumer: each for each in units}
+    for each in units:
+        for name, features in each.producers.items():
+            if (other := reading.get(name)) is not None:
+                product = features.shape[1] * other.reads.shape[1]
+                found[each.consumer, other.consumer] = product * positions.get(name, 1)
+    return found
 
 
 def _too_small(costs: Costs, budget: BudgetConfig, least: int) -> str:
@@ -155,7 +225,18 @@ def _parameters(model: nn.Module, units: Units) -> int:
         module = model.get_submodule(name)
         inputs = matrix_of(module).shape[1] + (getattr(module, "bias", None) is not None)
         total += features.shape[1] * inputs
+    for name in units.norms:
+        total += sum(p.numel() for p in model.get_submodule(name).parameters()) // units.count
     return total + units.reads.shape[1] * matrix_of(model.get_submodule(units.consumer)).shape[0]
+
+
+def _image_macs(model: nn.Module, units: Units, positions: Mapping[str, int]) -> int:
+    outputs = len(matrix_of(model.get_submodule(units.consumer)))
+    total = positions[units.consumer] * units.reads.shape[1] * outputs
+    for name, features in units.producers.items():
+        inputs = matrix_of(model.get_submodule(name)).shape[1]
+        total += positions[name] * features.shape[1] * inputs
+    return total
 
 
 def _macs(model: nn.Module, units: Units, tokens: int) -> int:

@@ -15,6 +15,7 @@ from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.prune.settings import PruneSettings
 from cur_modifier.passes.context import trial
 from cur_modifier.passes.samples import collect_samples
+from cur_modifier.structure.channels import staying
 from cur_modifier.structure.operators import as_matrix
 from cur_modifier.structure.removal import Kind, Units, dense_matrices
 from cur_modifier.structure.search import find_units
@@ -36,20 +37,29 @@ __all__ = [
 
 
 def wanted_units(
-    settings: PruneSettings, model: Any, layers: Sequence[tuple[str, nn.Module]]
+    settings: PruneSettings,
+    model: Any,
+    layers: Sequence[tuple[str, nn.Module]],
+    inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> list[Units]:
     """The units that may be removed and that the targets match, those of attention first.
+
+    Args:
+        inputs: of a sample, for a model of images.
 
     Raises:
         ValueError: there are none of a kind, or none that match.
     """
-    with trial(model) as run:
+    with trial(model, inputs) as run:
         # Attention comes first: neurons are fitted to what it answers without its heads.
         kinds = sorted(settings.units)
         found = find_units(model, [name for name, _ in layers], kinds, run)
     for kind in settings.units:
         if not any(each.kind == kind for each in found):
             raise ValueError(_none_found(model, layers, kind))
+    if "channels" in settings.units:
+        for name, reason in staying(model, [name for name, _ in layers], found).items():
+            logger.info(f"{name} keeps its channels: {reason}")
     wanted = [
         each
         for each in found
@@ -136,9 +146,10 @@ def check_multiples(settings: PruneSettings, units: Sequence[Units]) -> None:
                 f"{ranks} leaves no choice among counts that so many ranks share evenly. Lower "
                 "`tensor_parallel`, or choose `units: [neurons]`."
             )
-        if each.kind == "neurons" and settings.multiple_of > each.count // 2:
+        if each.kind != "heads" and settings.multiple_of > each.count // 2:
+            where = each.layer if each.kind == "neurons" else next(iter(each.producers))
             raise ValueError(
-                f"{each.layer} has {each.count} neurons, and multiple_of {settings.multiple_of} "
+                f"{where} has {each.count} {each.kind}, and multiple_of {settings.multiple_of} "
                 f"leaves no choice among their multiples. Use {max(each.count // 16, 1)} or less."
             )
 
@@ -179,7 +190,7 @@ def check_followers(settings: PruneSettings, model: nn.Module, units: Sequence[U
     for follower in upstream.followers(settings):
         for each in units:
             step = each.reads.shape[1]
-            if each.kind == "neurons":
+            if each.kind != "heads":
                 step *= settings.multiple_of // settings.tensor_parallel
             consumer = model.get_submodule(each.consumer)
             block = upstream.prune_block(follower)
@@ -207,7 +218,7 @@ def check_data(settings: PruneSettings, batches: Any) -> None:
     """
     if batches is None:
         raise ValueError(
-            "no calibration data, but a removal is corrected by what the units do on text. Pass "
+            "no calibration data, but a removal is corrected by what the units do on data. Pass "
             "`dataset=` to oneshot."
         )
     if settings.refine is not None:
@@ -226,6 +237,14 @@ def _none_found(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], kind:
     factored = [n for n, m in modules.items() if is_factored(m)]
     quantized = [n for n, m in modules.items() if is_quantized(m)]
     text = f"no {kind} of {type(model).__name__} can be removed. "
+    if kind == "channels":
+        reasons = staying(model, [name for name, _ in layers], [])
+        known = "; ".join(f"{name}: {reason}" for name, reason in [*reasons.items()][:4])
+        return text + (
+            f"{known or 'it has no convolution of images'}. Channels are removable between two "
+            "convolutions, or a convolution and a Linear, with nothing but batch norms, "
+            "activations and poolings between. Choose other `units` than channels."
+        )
     if factored:
         return text + (
             f"{factored[0]} is factored by an earlier stage: put IDPruningModifier before "

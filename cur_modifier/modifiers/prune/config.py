@@ -21,7 +21,8 @@ class BudgetConfig(BaseModel):
             parameters counted.
         parameters: the same of the whole model.
         macs: multiply-accumulates after ÷ before of those layers, for one sequence; the products of
-            attention are counted, as STAT and Kwon et al. do.
+            attention are counted, as STAT and Kwon et al. do. Of convolutions, for one image of the
+            calibration data's size.
         sequence_length: tokens of that sequence.
         by: ``sensitivity`` spends the budget over kinds of units, and with ``shapes: free`` over
             layers, where the loss grows least (see ``SensitivityConfig``); ``uniform`` keeps the

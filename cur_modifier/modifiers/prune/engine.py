@@ -23,11 +23,11 @@ from cur_modifier.linalg import (
     solve_removal,
 )
 from cur_modifier.modifiers.prune.journal import PruningJournal
-from cur_modifier.modifiers.prune.plan import Plan
+from cur_modifier.modifiers.prune.plan import IMAGES, Plan
 from cur_modifier.modifiers.prune.report import UnitRecord
 from cur_modifier.modifiers.refine import Part, refine_layer
 from cur_modifier.passes.context import evaluation_forward, frozen
-from cur_modifier.passes.samples import collect_samples
+from cur_modifier.passes.samples import collect_samples, stacked
 from cur_modifier.passes.streams import LayerStreams
 from cur_modifier.structure.operators import matrix_of
 from cur_modifier.structure.removal import Units, dense_matrices, remove
@@ -63,8 +63,11 @@ def remove_units(model: nn.Module, plan: Plan, batches: Any, journal: PruningJou
     last = max((i for i, (name, _) in enumerate(plan.layers) if name in by_layer), default=-1)
     if plan.corrects_layers and last >= 0:  # the layers behind them are corrected, too
         last = len(layers) - 1
-    with evaluation_forward(model, logits=False) as device, frozen(model), torch.no_grad():
+    whole = bool(plan.positions)  # a model of images ends with a layer of ours
+    with evaluation_forward(model, logits=whole) as device, frozen(model), torch.no_grad():
         samples = [sample.inputs for sample in collect_samples(batches)]
+        if whole:
+            samples = stacked(samples, IMAGES)
         streams = LayerStreams(model, layers, samples, device)
         for index in tqdm(range(last + 1), desc="Removing units", disable=last < 0):
             name = plan.layers[index][0]
@@ -194,7 +197,7 @@ class _Layer:
             if getattr(module, "bias", None) is not None:
                 update_offload_parameter(module, "bias", target[:, -1].to(module.bias.dtype))
                 target = target[:, :-1]
-            stored = target.mT if isinstance(module, Conv1D) else target
+            stored = target.mT if isinstance(module, Conv1D) else target.view_as(module.weight)
             update_offload_parameter(module, "weight", stored.to(module.weight.dtype))
 
     def _problem(self, names: Sequence[str], dense_inputs: Mapping[int, torch.Tensor]) -> _Problem:

@@ -40,19 +40,22 @@ class PruningJournal(Journal):
         done = sum(record.seconds is not None for record in self.records.values())
         self.tracker.log_metrics(metrics, step=done)
 
-    def finish(self, model: nn.Module, counted: str, before: int) -> None:
+    def finish(self, model: nn.Module, counted: str, before: int, after: int) -> None:
         """Print the table, log the totals, the table and the figures, and close the run.
 
         Args:
             counted: what the budget counts.
-            before: how much of it there was.
+            before, after: how much of it there was, and is.
         """
         self.losses.close()
         records = list(self.records.values())
-        summed = totals(records, before, (self.parameters_before, parameter_count(model)))
+        summed = totals(records, (before, after), (self.parameters_before, parameter_count(model)))
         table = format_table(records, summed, counted)
         logger.info(f"IDPruningModifier\n{table}")
-        kept = {r.name: (r.kind, r.layer, r.after / r.before) for r in records}
+        # A layer may have several convolutions: they are shown one after another.
+        read = {r.name for r in records if r.kind == "channels"}
+        order = {n: i for i, n in enumerate(n for n, _ in model.named_modules() if n in read)}
+        kept = {r.name: (r.kind, order.get(r.name, r.layer), r.after / r.before) for r in records}
         figures: dict[str, Callable[[], Any]] = {}
         if kept:
             figures["kept_units.png"] = lambda: kept_units(list(kept.values()))

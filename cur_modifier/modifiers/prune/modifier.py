@@ -21,7 +21,8 @@ __all__ = ["IDPruningModifier"]
 
 
 class IDPruningModifier(PruneSettings):
-    """Removes neurons of MLPs and heads of attention; what is left is a smaller dense model.
+    """Removes neurons of MLPs, heads of attention and channels of convolutions; what is left is a
+    smaller dense model.
 
     An interpolative decomposition of each hidden activation keeps real units, and the module that
     reads them absorbs the interpolation of the others (Chee et al. 2022, "Model preserving
@@ -51,7 +52,9 @@ class IDPruningModifier(PruneSettings):
     - on_finalize
         - report, with the losses of later stages; close the MLflow run
 
-    :param units: kinds of units: ``neurons``, ``heads`` (a key/value head goes with its queries)
+    :param units: kinds of units: ``neurons``, ``heads`` (a key/value head goes with its queries),
+        ``channels`` between convolutions, which take ``shapes: free`` and data with
+        ``pixel_values``
     :param targets: modules that read units (``down_proj``, ``o_proj``), by name, class name, or
         regular expression after ``re:``; all by default
     :param ignore: such modules whose units all stay although a target matches
@@ -69,11 +72,12 @@ class IDPruningModifier(PruneSettings):
     :param fit: ``loss`` chooses units in the metric of the loss's curvature, ``gram`` by the plain
         error of the consumer's output
     :param anchor: the dense model's share in what modules are fitted to, as in ``CURModifier``;
-        null fits each to its own weight, so ``layers`` is then ``consumers``
+        null fits each to its own weight, so ``layers`` is then ``consumers``. For channels 1 is
+        better: images give many patches for every feature
     :param refine: train each layer's weights on its output after the removal, see ``RefineConfig``
     :param sensitivity: how the loss's curvature is measured, see ``SensitivityConfig``
-    :param multiple_of: counts of neurons are multiples of this: group sizes of later stages must
-        divide it, and kernels want it
+    :param multiple_of: counts of neurons and channels are multiples of this: group sizes of later
+        stages must divide it, and kernels want it
     :param tensor_parallel: ranks that will serve the model together: what is left of every kind
         divides by it, also in the groups of later stages
     :param served: refuse what vLLM can't serve. ``false`` for models that transformers alone runs
@@ -114,5 +118,7 @@ class IDPruningModifier(PruneSettings):
         journal, self._journal = self._journal, None
         plan, self._plan = self._plan, None
         if journal is not None and plan is not None:
-            journal.finish(state.model, plan.counted, plan.costs.total)
+            kept = {record.name: record.after for record in journal.records.values()}
+            left = plan.costs.left(plan.units, kept)
+            journal.finish(state.model, plan.counted, plan.costs.total, left)
         return True

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cur_modifier.linalg import damped, growth_by_count, shrunk
 from cur_modifier.modifiers.prune.budget import Costs, by_sensitivity, costs_of, evenly
@@ -25,16 +26,20 @@ from cur_modifier.modifiers.prune.checks import (
     wanted_units,
 )
 from cur_modifier.modifiers.prune.settings import PruneSettings
-from cur_modifier.passes.samples import collect_samples
+from cur_modifier.passes.context import trial
+from cur_modifier.passes.samples import collect_samples, main_input, stacked
 from cur_modifier.passes.sensitivity import Sensitivity, load_or_measure
-from cur_modifier.structure.layers import decoder_layers
+from cur_modifier.structure.layers import convolution_blocks, decoder_layers
+from cur_modifier.structure.patches import POSITIONS, count_positions
 from cur_modifier.structure.removal import Kind, Units
 
-__all__ = ["Plan", "check", "make_plan", "put_counts"]
+__all__ = ["IMAGES", "Plan", "check", "make_plan", "put_counts"]
 
 # Shrinkage of a Gram matrix towards its diagonal at one token a feature, where units are compared;
 # it falls with the tokens.
 SHRINKAGE = 0.5
+# Images that run through the model together.
+IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Plan:
         layers: the layers by name, in order.
         units: of all layers, those of attention before the neurons of a layer.
         costs: what the budget counts.
+        positions: for a model of images, how often each module multiplies for one, by its name.
         counts: units that stay, by the consumer's name; empty until they are chosen.
         growth: by the same names, what the loss is expected to grow by.
         fields: with uniform shapes, of the config, with their new values.
@@ -56,6 +62,7 @@ class Plan:
     layers: Sequence[tuple[str, nn.Module]]
     units: Sequence[Units]
     costs: Costs
+    positions: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     growth: Mapping[str, float] = field(default_factory=dict)
     fields: Mapping[str, int] = field(default_factory=dict)
@@ -64,7 +71,8 @@ class Plan:
     @property
     def multiples(self) -> dict[Kind, int]:
         """What the counts of a kind are multiples of."""
-        return {"neurons": self.settings.multiple_of, "heads": self.settings.tensor_parallel}
+        step = self.settings.multiple_of
+        return {"neurons": step, "heads": self.settings.tensor_parallel, "channels": step}
 
     @property
     def corrects_layers(self) -> bool:
@@ -94,17 +102,19 @@ def check(settings: PruneSettings, model: Any, batches: Any) -> Plan:
             shapes that no reader builds, data or later stages that do not go together, each with
             the remedy.
     """
-    layers = decoder_layers(model)
+    of_images = "channels" in settings.units
+    layers = convolution_blocks(model) if of_images else decoder_layers(model)
     check_data(settings, batches)
     check_weights(model, layers)
-    units = wanted_units(settings, model, layers)
+    image = collect_samples(batches)[0].inputs if of_images else None
+    units = wanted_units(settings, model, layers, image)
     check_shapes(settings, model, layers, units)
     check_multiples(settings, units)
     check_followers(settings, model, units)
     budget = settings.budget
-    plan = Plan(
-        settings, layers, units, costs_of(model, units, budget.measure, budget.sequence_length)
-    )
+    positions = _positions(model, image) if image is not None else {}
+    costs = costs_of(model, units, budget.measure, budget.sequence_length, positions)
+    plan = Plan(settings, layers, units, costs, positions)
     # Whether the budget can hold shows before any data: with all units as dear.
     flat = {u.consumer: torch.linspace(1, 0, u.count + 1).double() for u in units}
     counts = _counts(plan, flat)
@@ -152,6 +162,13 @@ def put_counts(model: Any, plan: Plan) -> None:
             setattr(text, name, value)
 
 
+def _positions(model: nn.Module, image: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    multiplying = (nn.Linear, Conv1D, nn.Conv2d)
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, multiplying)}
+    with trial(model, image) as run:
+        return count_positions(model, modules, run)
+
+
 def _counts(plan: Plan, growth: Mapping[str, torch.Tensor]) -> dict[str, int]:
     budget = plan.settings.budget
     if budget.by == "uniform":
@@ -166,14 +183,23 @@ def _measure(draft: Plan, model: nn.Module, batches: Any) -> Sensitivity:
     # A language model's labels are its inputs; those of a task are what it is measured by.
     labels = not is_decoder(model)
     samples = [sample.inputs for sample in collect_samples(batches, labels=labels)]
-    tokens = sum(s["input_ids"].numel() for s in samples[: config.samples])
+    chosen = samples[: config.samples]
+    if draft.positions:
+        samples = stacked(chosen, IMAGES)
+    # By name, the rows that a module is known from, and those that add up to one loss.
+    tokens = dict.fromkeys(units, sum(main_input(s).numel() for s in chosen))
+    added = dict.fromkeys(units, 1)
+    if draft.positions:
+        added = {name: draft.positions[name] for name in units}
+        tokens = {name: len(chosen) * min(added[name], POSITIONS) for name in units}
 
     def curve(
         name: str, weight: torch.Tensor, gram: torch.Tensor, metric: torch.Tensor
     ) -> torch.Tensor:
-        known = shrunk(gram, SHRINKAGE * len(gram) / tokens)
+        known = shrunk(gram, SHRINKAGE * len(gram) / tokens[name])
         outputs = damped(metric, config.damping)
-        return growth_by_count(weight, known, outputs, units[name].reads.to(gram.device))
+        reads = units[name].reads.to(gram.device)
+        return added[name] * growth_by_count(weight, known, outputs, reads)
 
     return load_or_measure(
         model,

@@ -19,7 +19,8 @@ class UnitRecord:
         name: of the consumer.
         cost: what the budget counts of one of them.
         relative_error: ``‖(T − W' X⁺) G^{1/2}‖ ÷ ‖T G^{1/2}‖``, of what the consumer answers.
-        expected_growth: of the loss in nats a token, by the curvature; None where not measured.
+        expected_growth: of the loss in nats a token or image, by the curvature; None where not
+            measured.
         max_entry: the largest entry of the interpolation.
     """
 
@@ -41,22 +42,21 @@ class UnitRecord:
 
 
 def totals(
-    records: Sequence[UnitRecord], before: int, parameters: tuple[int, int]
+    records: Sequence[UnitRecord], counted: tuple[int, int], parameters: tuple[int, int]
 ) -> dict[str, float]:
     """Flat metrics with their units in the names.
 
     Args:
-        before: what the budget counted before.
+        counted: what the budget counts, before and after.
         parameters: of the model, before and after.
     """
-    gone = sum((r.before - r.after) * r.cost for r in records)
     counts: dict[str, float] = {}
     for record in records:
         for when, value in (("before", record.before), ("after", record.after)):
             key = f"{record.kind}_{when}"
             counts[key] = counts.get(key, 0) + value
     return counts | {
-        "ratio_budget": (before - gone) / before,
+        "ratio_budget": counted[1] / counted[0],
         "parameters_model_before": parameters[0],
         "parameters_model_after": parameters[1],
         "ratio_model": parameters[1] / parameters[0],

@@ -47,20 +47,49 @@ class PruneSettings(Modifier):
     def _consistent(self) -> Self:
         if len(set(self.units)) < len(self.units):
             raise ValueError(f"units {self.units} names a kind twice; name each once.")
-        if "heads" in self.units and self.selection not in OF_BLOCKS:
-            raise ValueError(
-                f"selection '{self.selection}' chooses single features, and a head has several. "
-                f"Choose {', '.join(OF_BLOCKS)}, or `units: [neurons]`."
-            )
-        if "heads" in self.units and self.max_entry is not None:
-            raise ValueError(
-                f"max_entry {self.max_entry} bounds the interpolation of single features by "
-                "exchange, and a head has several. Leave it out, or `units: [neurons]`."
-            )
+        several = {"heads": "a head", "channels": "a channel"}
+        for what in (several[kind] for kind in self.units if kind in several):
+            if self.selection not in OF_BLOCKS:
+                raise ValueError(
+                    f"selection '{self.selection}' chooses single features, and {what} has "
+                    f"several. Choose {', '.join(OF_BLOCKS)}, or `units: [neurons]`."
+                )
+            if self.max_entry is not None:
+                raise ValueError(
+                    f"max_entry {self.max_entry} bounds the interpolation of single features by "
+                    f"exchange, and {what} has several. Leave it out, or `units: [neurons]`."
+                )
         if self.correct == "none" and self.anchor not in (None, _ANCHOR):  # a dump has the default
             raise ValueError(
                 f"anchor {self.anchor} is the dense model's share in what modules are fitted to, "
                 "and `correct: none` fits none. Leave one of them out."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _channels(self) -> Self:
+        if "channels" not in self.units:
+            return self
+        if "heads" in self.units:
+            raise ValueError(
+                f"units {self.units}: heads are looked for in decoder layers, channels in blocks "
+                "of convolutions. Write a stage for each."
+            )
+        if self.shapes == "uniform":
+            raise ValueError(
+                "shapes 'uniform' with channels: convolutions of one model have different numbers "
+                "of channels, and config.json has no field for those that can be removed. Write "
+                "`shapes: free`."
+            )
+        if self.refine is not None:
+            raise ValueError(
+                "refine with channels: it trains Linears and norms, not convolutions. Leave one of "
+                "them out; `correct: layers` fits convolutions in closed form."
+            )
+        if self.budget.sequence_length != BudgetConfig.model_fields["sequence_length"].default:
+            raise ValueError(
+                f"sequence_length {self.budget.sequence_length} with channels: convolutions are "
+                "counted at the size of the calibration's images. Leave it out."
             )
         return self
 

@@ -21,7 +21,8 @@ from cur_modifier.modifiers.prune.budget import Costs, by_sensitivity, costs_of,
 from cur_modifier.modifiers.prune.config import BudgetConfig
 from cur_modifier.modifiers.report import parameter_count
 from cur_modifier.passes.context import trial
-from cur_modifier.structure.layers import decoder_layers
+from cur_modifier.structure.layers import convolution_blocks, decoder_layers
+from cur_modifier.structure.patches import count_positions
 from cur_modifier.structure.removal import Kind, Units, remove
 from cur_modifier.structure.search import find_units
 
@@ -291,3 +292,91 @@ def test_layers_without_units_are_counted_with_the_model_alone(dense: Any) -> No
     ratio, whole = (costs_of(dense, units, measure, 1) for measure in ("ratio", "parameters"))
     assert ratio.total == parameter_count(dense.get_submodule(units[0].layer)) < whole.total
     assert ratio.unit == whole.unit
+
+
+# -- convolutions ----------------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Four convolutions and a Linear: each removal makes the next convolution smaller, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 8, 12, 10, 6)
+        self.convolutions = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(m, n, 3, stride=1 + k % 2, padding=1), nn.BatchNorm2d(n))
+                for k, (m, n) in enumerate(pairwise(widths))
+            )
+        )
+        self.head = nn.Linear(6 * 16, 5)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.head(self.convolutions(pixel_values).relu().flatten(1))
+        return answer
+
+
+@pytest.fixture(params=["chain", "basic", "bottleneck"])
+def network(request: pytest.FixtureRequest, small_resnet: Callable[..., Any]) -> Any:
+    torch.manual_seed(0)
+    if request.param == "chain":
+        return Chain().eval()
+    return small_resnet(0, layer_type=request.param, hidden_sizes=[32, 64])
+
+
+def channels_of(model: Any) -> tuple[list[Units], dict[str, int]]:
+    image = {"pixel_values": torch.randn(1, 3, 16, 16)}
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers = [name for name, _ in convolution_blocks(model)]
+    with trial(model, image) as run:
+        return find_units(model, layers, ["channels"], run), count_positions(model, modules, run)
+
+
+def macs_of_images(model: Any, layers: set[str]) -> int:
+    """As PyTorch counts them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 16, 16))
+    counted = counter.get_flop_counts()
+    name = type(model).__name__
+    return sum(sum(counted[f"{name}.{n}" if n else name].values()) for n in layers) // 2
+
+
+def test_what_convolutions_share_is_counted_once(network: Any) -> None:
+    units, positions = channels_of(network)
+    layers = {each.layer for each in units}
+    small, counts = pruned(network, units)
+    macs_costs = costs_of(network, units, "macs", 128, positions)
+    assert macs_costs.total == macs_of_images(network, layers)
+    assert macs_costs.left(units, counts) == macs_of_images(small, layers) < macs_costs.total
+    for measure in ("ratio", "parameters"):
+        costs = costs_of(network, units, measure, 128, positions)
+        names = layers if measure == "ratio" else {""}
+        for model, kept in ((network, {u.consumer: u.count for u in units}), (small, counts)):
+            real = sum(parameter_count(model.get_submodule(name)) for name in names)
+            assert costs.left(units, kept) == real
+
+
+@pytest.mark.parametrize("by", ["sensitivity", "uniform"])
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.25])
+@pytest.mark.parametrize("measure", ["macs", "ratio"])
+def test_a_budget_of_convolutions_is_kept_and_spent(
+    network: Any, by: str, share: float, measure: Any
+) -> None:
+    units, positions = channels_of(network)
+    costs = costs_of(network, units, measure, 128, positions)
+    budget = BudgetConfig(**{measure: share}, by=by, least=0.0)
+    if by == "uniform":
+        counts = evenly(units, costs, budget, {"channels": 1})
+    else:
+        growth = convex_growth(units, 3)
+        counts = by_sensitivity(units, costs, growth, budget, {"channels": 1}, alike=False)
+    left = costs.left(units, counts) / costs.total
+    assert share - (0.2 if by == "uniform" else 0.1) < left <= share
+
+
+def test_too_small_a_budget_of_convolutions_is_named() -> None:
+    units, positions = channels_of(Chain().eval())
+    costs = costs_of(Chain(), units, "macs", 128, positions)
+    growth = convex_growth(units, 3)
+    with pytest.raises(ValueError, match=r"budget macs 0\.01 allows .*Raise the budget"):
+        by_sensitivity(units, costs, growth, BudgetConfig(macs=0.01), {"channels": 1}, alike=False)

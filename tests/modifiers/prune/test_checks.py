@@ -110,3 +110,50 @@ def test_heads_of_a_config_without_their_size_are_not_for_vllm(
         check(recipe(stage(**heads)), model, batches)
     assert check(recipe(stage(**heads, served=False)), model, batches).units
     assert check(recipe(stage()), model, batches).units
+
+
+CHANNELS = {"units": ["channels"], "shapes": "free", "multiple_of": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget": {"macs": 0.01}}, "budget macs 0.01 allows .* Raise the budget"),
+        ({"multiple_of": 8}, r"layers\.0\.layer\.0\.convolution has 8 channels, and multiple_of 8"),
+        ({"targets": ["re:.*nothing"]}, "match no consumer .*convolution"),
+        ({"units": ["channels", "neurons"]}, "no neurons of ResNetForImageClassification"),
+    ],
+)
+def test_channels_that_cannot_go_are_refused_before_the_pass(
+    small_resnet: Any, images: Any, recipe: Any, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(recipe(stage(**CHANNELS | fields)), small_resnet(0), images)
+
+
+def test_why_convolutions_keep_their_channels(
+    small_resnet: Any, images: Any, recipe: Any, logged: list[str]
+) -> None:
+    plan = check(recipe(stage(**CHANNELS)), small_resnet(0), images)
+    assert [u.kind for u in plan.units] == ["channels"] * 4
+    kept = [m for m in logged if "keeps its channels" in m]
+    assert len(kept) == 6 and sum("residual sum" in m for m in kept) == 5
+
+
+def test_a_model_without_convolutions_has_no_channels(
+    model: Any, recipe: Any, batches: Any
+) -> None:
+    with pytest.raises(ValueError, match=r"no channels of LlamaForCausalLM.*no convolution"):
+        check(recipe(stage(**CHANNELS)), model, batches)
+
+
+def test_grouped_convolutions_are_named(small_resnet: Any, images: Any, recipe: Any) -> None:
+    model = small_resnet(0)
+    for stage_ in model.resnet.encoder.stages:
+        for block in stage_.layers:
+            for part in block.layer:
+                old = part.convolution
+                sides = (old.in_channels, old.out_channels)
+                part.convolution = torch.nn.Conv2d(*sides, 3, old.stride, 1, groups=2)
+    with pytest.raises(ValueError, match="it has 2 groups, whose channels go together"):
+        check(recipe(stage(**CHANNELS)), model, images)

@@ -94,3 +94,25 @@ def test_heads_and_neurons_of_one_layer_go_one_after_the_other(
         attention = layer.self_attn
         assert attention.q_proj.out_features == attention.o_proj.in_features
     assert missed(model, pruned, batches) < 1
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_channels_go_and_correcting_pays(
+    small_resnet: Any, images: Any, recipe: Callable[..., Any], layer_type: str
+) -> None:
+    dense = small_resnet(0, layer_type=layer_type, hidden_sizes=[32, 64])
+    missed = {}
+    for how, anchor in (("none", None), ("consumers", None), ("layers", 1.0)):
+        own = copy.deepcopy(dense)
+        fields = {"shapes": "free", "budget": {"macs": 0.6}, "correct": how, "anchor": anchor}
+        settings = recipe(stage(units=["channels"], multiple_of=1, fit="gram", **fields))
+        journal = PruningJournal(own, enabled=False)
+        plan = make_plan(check(settings, own, images), own, images)
+        remove_units(own, plan, images, journal)
+        for record in journal.records.values():
+            consumer = own.get_submodule(record.name)
+            assert consumer.in_channels == record.after
+        with torch.no_grad():
+            pairs = [(dense(**b).logits, own(**b).logits) for b in images]
+        missed[how] = float(sum((a - b).square().sum() for a, b in pairs))
+    assert missed["layers"] < missed["consumers"] < missed["none"]

@@ -74,7 +74,7 @@ def test_the_end_has_totals_and_a_table(
     journal.removed(record)
     before = journal.parameters_before
     without_neurons(model)
-    journal.finish(model, "parameters", before)
+    journal.finish(model, "parameters", before, before - 8 * 48)
     [_, (metrics, step)] = tracker.metrics
     assert step is None and metrics["neurons_after"] == 16
     assert metrics["ratio_budget"] == metrics["ratio_model"] == (before - 8 * 48) / before
@@ -90,7 +90,7 @@ def test_the_page_shows_what_every_layer_keeps(
 ) -> None:
     journal.draws = True
     journal.removed(record)
-    journal.finish(model, "MACs", 5000)
+    journal.finish(model, "MACs", 5000, 4616)
     page = journal.files["report.html"]
     assert "prune-LlamaForCausalLM" in page and NAME in page
     assert "MACs after ÷ before" in page and page.count("<img") == 1
@@ -100,12 +100,28 @@ def test_a_stage_that_removed_nothing_has_nothing_to_show(
     journal: PruningJournal, model: Any
 ) -> None:
     journal.draws = True
-    journal.finish(model, "parameters", 5000)
+    journal.finish(model, "parameters", 5000, 5000)
     assert "<img" not in journal.files["report.html"]
 
 
 def test_the_end_is_the_end_of_listening(journal: PruningJournal, model: Any) -> None:
-    journal.finish(model, "parameters", 5000)
+    journal.finish(model, "parameters", 5000, 5000)
     logger.info(f"Quantizing 1 module(s): ['{NAME}']")
     logger.info("error 0.75")
     assert journal.losses.by_module == {}
+
+
+def test_convolutions_are_shown_one_after_another(
+    journal: PruningJournal, small_resnet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cur_modifier.modifiers.prune import journal as module
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(module, "kept_units", drawn.append)
+    model = small_resnet(0)
+    names = [f"resnet.encoder.stages.0.layers.{k}.layer.1.convolution" for k in (1, 0)]
+    for name in names:
+        journal.records[name] = UnitRecord(name, 0, "channels", 8, 4, 100)
+    journal.draws = True
+    journal.finish(model, "MACs", 5000, 4000)
+    assert drawn == [[("channels", 1, 0.5), ("channels", 0, 0.5)]]

@@ -28,7 +28,7 @@ def test_defaults_remove_neurons_alike_in_all_layers() -> None:
     ("fields", "message"),
     [
         ({"units": []}, "at least 1 item"),
-        ({"units": ["channels"]}, "'neurons' or 'heads'"),
+        ({"units": ["filters"]}, "'neurons', 'heads' or 'channels'"),
         ({"units": ["heads", "heads"]}, r"units \['heads', 'heads'\] names a kind twice; name"),
         ({"targets": []}, "at least 1 item"),
         ({"budget": {}}, "budget has nothing set"),
@@ -42,6 +42,27 @@ def test_defaults_remove_neurons_alike_in_all_layers() -> None:
         (
             {"units": ["heads"], "max_entry": 2},
             r"max_entry 2\.0 bounds the interpolation of single features.*Leave it out",
+        ),
+        ({"units": ["channels"]}, r"shapes 'uniform' with channels.*Write `shapes: free`"),
+        (
+            {"units": ["channels", "heads"], "shapes": "free"},
+            r"heads are looked for in decoder layers.*Write a stage for each",
+        ),
+        (
+            {"units": ["channels"], "shapes": "free", "selection": "qdeim"},
+            r"selection 'qdeim' chooses single features, and a channel has several",
+        ),
+        (
+            {"units": ["channels"], "shapes": "free", "refine": {}},
+            r"refine with channels: it trains Linears.*`correct: layers`",
+        ),
+        (
+            {
+                "units": ["channels"],
+                "shapes": "free",
+                "budget": {"macs": 0.5, "sequence_length": 9},
+            },
+            r"sequence_length 9 with channels.*Leave it out",
         ),
         (
             {"correct": "none", "anchor": 0.5},
