@@ -61,7 +61,7 @@ class LayerStreams:
 
     Cost: one forward pass of one batch, and the embedding of all. Memory: two hidden states a
     token, in the model's dtype, and the layers' other arguments; of the layer in work also what
-    :meth:`run_dense` returns.
+    :meth:`run_dense` returns, which for a chain of convolutions is all that its modules read.
 
     Raises:
         ValueError: the model does more between its layers than hand on the hidden state, so they

@@ -31,6 +31,7 @@ __all__ = [
     "check_shapes",
     "check_weights",
     "fields_for",
+    "image_of",
     "is_decoder",
     "wanted_units",
 ]
@@ -224,6 +225,22 @@ def check_data(settings: PruneSettings, batches: Any) -> None:
     if settings.refine is not None:
         samples = collect_samples(batches)
         split(len(samples), settings.refine.validation_share, settings.seed)
+
+
+def image_of(batches: Any) -> dict[str, torch.Tensor]:
+    """A sample by which convolutions are looked at.
+
+    Raises:
+        ValueError: there is none, or it is no image.
+    """
+    samples = collect_samples(batches)
+    held = sorted(samples[0].inputs) if samples else []
+    if "pixel_values" not in held:
+        raise ValueError(
+            f"channels are looked for in images, and the calibration data have the columns {held}. "
+            "Give oneshot a DataLoader of batches with pixel_values, or choose other `units`."
+        )
+    return samples[0].inputs
 
 
 def is_decoder(model: Any) -> bool:

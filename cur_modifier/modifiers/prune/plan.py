@@ -22,6 +22,7 @@ from cur_modifier.modifiers.prune.checks import (
     check_shapes,
     check_weights,
     fields_for,
+    image_of,
     is_decoder,
     wanted_units,
 )
@@ -106,7 +107,7 @@ def check(settings: PruneSettings, model: Any, batches: Any) -> Plan:
     layers = convolution_blocks(model) if of_images else decoder_layers(model)
     check_data(settings, batches)
     check_weights(model, layers)
-    image = collect_samples(batches)[0].inputs if of_images else None
+    image = image_of(batches) if of_images else None
     units = wanted_units(settings, model, layers, image)
     check_shapes(settings, model, layers, units)
     check_multiples(settings, units)

@@ -141,10 +141,22 @@ def test_why_convolutions_keep_their_channels(
 
 
 def test_a_model_without_convolutions_has_no_channels(
-    model: Any, recipe: Any, batches: Any
+    small_resnet: Any, recipe: Any, images: Any
 ) -> None:
-    with pytest.raises(ValueError, match=r"no channels of LlamaForCausalLM.*no convolution"):
-        check(recipe(stage(**CHANNELS)), model, batches)
+    model = small_resnet(0).classifier  # of a pooled image
+    model.main_input_name = "pixel_values"
+    model.forward = lambda pixel_values: model[1](pixel_values.flatten(1)[:, :16])
+    with pytest.raises(ValueError, match=r"no channels of Sequential.*no convolution"):
+        check(recipe(stage(**CHANNELS)), model, images)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_channels_take_images(model: Any, recipe: Any, batches: Any, empty: bool) -> None:
+    held = r"\[\]" if empty else r"\['input_ids'\]"
+    with pytest.raises(
+        ValueError, match=f"columns {held}.*DataLoader of batches with pixel_values"
+    ):
+        check(recipe(stage(**CHANNELS)), model, [] if empty else batches)
 
 
 def test_grouped_convolutions_are_named(small_resnet: Any, images: Any, recipe: Any) -> None:
