@@ -80,16 +80,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     import mlflow
 
-    if options.experiment == "weights":
+    experiment = EXPERIMENTS.get(options.experiment)
+    if experiment is None or "model" in experiment.settings:
         try:
             source = model_source(options.model)
         except FileNotFoundError as error:
             sys.exit(f"reproduce: {error}{elsewhere(options.model, PROJECT)}")
+    if experiment is None:  # no data, no compression
         options.output.mkdir(parents=True, exist_ok=True)
         with mlflow.start_run():
             _weights(source, options)
         return
-    experiment = EXPERIMENTS[options.experiment]
     cases = experiment.cases(options)
     try:
         harness = experiment.harness(options, cases)
