@@ -94,7 +94,7 @@ def test_without_interactions_nothing_is_rearranged() -> None:
 def test_units_that_cancel_go_together() -> None:
     """A unit is missed less together with one whose gradient is the opposite."""
     g = torch.tensor([[0.6, -0.5, -0.4]]).double()
-    assert rearranged(g.mT @ g, torch.tensor([0])).tolist() == [1]
+    assert rearranged(g.mT @ g, torch.tensor([0])).tolist() == [2]
 
 
 # -- tuning ------------------------------------------------------------------------------------
