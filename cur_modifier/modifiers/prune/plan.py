@@ -165,7 +165,9 @@ def _measure(draft: Plan, model: nn.Module, batches: Any) -> Sensitivity:
     # A language model's labels are its inputs; those of a task are what it is measured by.
     labels = not is_decoder(model)
     samples = [sample.inputs for sample in collect_samples(batches, labels=labels)]
-    tokens = sum(s["input_ids"].numel() for s in samples[: config.samples])
+    lengths = [sample["input_ids"].numel() for sample in samples]
+    count = config.count(lengths)
+    tokens = sum(lengths[:count])
 
     def curve(
         name: str, weight: torch.Tensor, gram: torch.Tensor, metric: torch.Tensor
@@ -179,7 +181,7 @@ def _measure(draft: Plan, model: nn.Module, batches: Any) -> Sensitivity:
         {name: [model.get_submodule(name)] for name in units},
         draft.layers,
         samples,
-        samples=config.samples,
+        samples=count,
         seed=draft.settings.seed,
         cache=Path(config.cache) if config.cache else None,
         curve=(f"removal, damping {config.damping}", curve),
