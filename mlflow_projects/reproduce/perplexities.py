@@ -63,10 +63,10 @@ class Perplexities:
         from transformers import AutoModelForCausalLM
 
         from cur_modifier.evaluate import perplexity
-        from cur_modifier.modifiers.report import parameter_bytes, parameter_count
+        from cur_modifier.modifiers.report import parameter_bytes
 
         model = AutoModelForCausalLM.from_pretrained(self._source, dtype=torch.float32)
-        before, layers = parameter_count(model), _decoder_parameters(model)
+        before, layers = _numbers(model), _numbers_of_layers(model)
         started = time.perf_counter()
         row: Row = {}
         try:
@@ -82,8 +82,8 @@ class Perplexities:
             )
         seconds = time.perf_counter() - started
         if case.with_sizes:
-            row["layer ratio"] = _decoder_parameters(model) / layers
-        row["model ratio"] = parameter_count(model) / before
+            row["layer ratio"] = _numbers_of_layers(model) / layers
+        row["model ratio"] = _numbers(model) / before
         if case.with_sizes:
             row["MB"] = _stored_bytes(model, parameter_bytes(model)) / 1e6
         for text in self._texts:
@@ -121,12 +121,21 @@ def _layers(case: Case) -> int:
     return int(chosen.get("count", 0))
 
 
-def _decoder_parameters(model: Any) -> int:
+def _numbers_of_layers(model: Any) -> int:
     """What stands in the decoder layers, as a recipe's ``ratio`` counts it."""
-    from cur_modifier.modifiers.report import parameter_count
     from cur_modifier.structure.layers import decoder_layers
 
-    return sum(parameter_count(layer) for _, layer in decoder_layers(model))
+    return sum(_numbers(layer) for _, layer in decoder_layers(model))
+
+
+def _numbers(module: Any) -> int:
+    """Parameters, tied ones once; not the scales and zero points of a quantization."""
+    unique = {
+        parameter.data_ptr(): parameter.numel()
+        for name, parameter in module.named_parameters()
+        if not name.endswith(("_scale", "_zero_point", "_g_idx"))
+    }
+    return sum(unique.values())
 
 
 def _stored_bytes(model: Any, as_it_is: int) -> int:

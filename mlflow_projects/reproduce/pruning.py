@@ -78,7 +78,7 @@ def _findings(rows: Sequence[Row]) -> list[str]:
     if refused:
         found.append(
             "Without figures, since no selection meets the budget or no reader takes the shapes: "
-            + ", ".join(f"{_name(row)} at {row['ratio']:g}, {row['bits']} bits" for row in refused)
+            + "; ".join(f"{_name(row)}{_at(row)}, {row['bits']} bits" for row in refused)
             + "."
         )
     ratios = sorted({row["ratio"] for row in rows if row["ratio"]} - {1.0}, reverse=True)
@@ -101,6 +101,10 @@ def _findings(rows: Sequence[Row]) -> list[str]:
                 f"{best['perplexity wikitext']:.1f}{against}."
             )
     return found
+
+
+def _at(row: Row) -> str:
+    return f" at {row['ratio']:g}" if row["ratio"] else ""
 
 
 def _name(row: Row) -> str:

@@ -47,11 +47,12 @@ def test_the_best_removal_is_set_against_row_ids() -> None:
         row("neurons", 16, 30.0, "free"),
         row("heads", 16, None, "free"),
         row("id", 16, 26.6),
+        row("cur_healed", 4, None) | {"ratio": None},
         row("neurons", 4, 37.0, "free"),
     ]
     found = "\n".join(EXPERIMENT.findings(rows))
     assert "At 0.8 in 16 bits: neurons, free is the best removal with 30.0, `id` 26.6." in found
     assert "At 0.8 in 4 bits: neurons, free is the best removal with 37.0." in found
-    assert "Without figures" in found and "heads, free at 0.8, 16 bits" in found
+    assert "heads, free at 0.8, 16 bits; cur_healed, 4 bits." in found
     figure = EXPERIMENT.figure(rows)
     assert [axes.get_title() for axes in figure.axes] == ["16 bits", "4 bits"]
