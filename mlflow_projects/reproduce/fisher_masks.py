@@ -21,11 +21,9 @@ import torch
 
 from cur_modifier.structure.operators import matrix_of
 from cur_modifier.structure.removal import Units, remove
+from mlflow_projects.reproduce.masks import Batch, Settled, masks_of
 from mlflow_projects.reproduce.sublayers import (
-    Batch,
-    Settled,
     columns_of,
-    masks_of,
     outputs_of,
     reading,
     sublayers,

@@ -27,12 +27,10 @@ from torch import nn
 from cur_modifier.linalg import shrunk
 from cur_modifier.structure.operators import matrix_of
 from cur_modifier.structure.removal import remove
+from mlflow_projects.reproduce.masks import Batch, Settled, masks_of
 from mlflow_projects.reproduce.sublayers import (
-    Batch,
-    Settled,
     columns_of,
     densest,
-    masks_of,
     outputs_of,
     reading,
     sublayers,

@@ -9,8 +9,7 @@ what the dense model has there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -18,29 +17,20 @@ from torch import nn
 
 from cur_modifier.linalg import kept_features
 from cur_modifier.modifiers.prune.budget import Costs, costs_of
-from cur_modifier.passes.context import frozen, replaced_forward, trial
+from cur_modifier.passes.context import trial
 from cur_modifier.passes.samples import real_rows, real_tokens
 from cur_modifier.structure.layers import decoder_layers
 from cur_modifier.structure.removal import Units
 from cur_modifier.structure.search import find_units
+from mlflow_projects.reproduce.masks import Batch, ReachedError, Settled, inputs_of
 
 __all__ = [
-    "Batch",
-    "Masks",
-    "Settled",
     "columns_of",
     "densest",
-    "masks_of",
     "outputs_of",
     "reading",
     "sublayers",
 ]
-
-Batch = Mapping[str, torch.Tensor]
-
-
-class _ReachedError(Exception):
-    """Leaves a forward pass where nothing further is needed of it."""
 
 
 def sublayers(model: Any, sequence_length: int) -> tuple[list[Units], Costs]:
@@ -58,67 +48,6 @@ def sublayers(model: Any, sequence_length: int) -> tuple[list[Units], Costs]:
             "that can be removed; the published methods want attention and an MLP in each."
         )
     return units, costs_of(model, units, "macs", sequence_length)
-
-
-@dataclass(frozen=True)
-class Masks:
-    """What a mask over the units of each sub-layer tells, by the consumer's name.
-
-    Attributes:
-        gradients: ``(samples, units)``, of each sample's loss at a mask of ones.
-        blocks: ``(units, w, w)``, second moments of what each unit gives the consumer.
-    """
-
-    gradients: dict[str, torch.Tensor]
-    blocks: dict[str, torch.Tensor]
-
-
-def masks_of(
-    model: Any,
-    units: Sequence[Units],
-    batches: Sequence[Batch],
-    loss: Callable[[Any, Batch, int], torch.Tensor],
-    settled: Settled,
-) -> Masks:
-    """One pass of gradients at masks of ones.
-
-    Args:
-        loss: summed over a batch's samples, of the outputs, the batch and its number.
-    """
-    found: dict[str, list[torch.Tensor]] = {each.consumer: [] for each in units}
-    sums: dict[str, torch.Tensor] = {}
-    masks: dict[str, torch.Tensor] = {}
-    real: torch.Tensor | None = None
-    tokens = 0
-
-    def masking(each: Units) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            h, name = args[0], each.consumer
-            rows = real_rows(h.detach(), real)[:, each.reads]
-            block = torch.einsum("tuv,tuw->uvw", rows, rows).double()
-            sums[name] = sums[name] + block if name in sums else block
-            masks[name] = h.new_ones(len(h), 1, h.shape[-1], requires_grad=True)
-            return (h * masks[name], *args[1:])
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(frozen(model.eval()))
-        for each in units:
-            module = model.get_submodule(each.consumer)
-            stack.callback(module.register_forward_pre_hook(masking(each)).remove)
-        for number, batch in enumerate(batches):
-            real = real_tokens(batch)
-            tokens += batch["input_ids"].numel() if real is None else int(real.sum())
-            with settled.passing(number):
-                total = loss(model(**batch), batch, number)
-            gradients = torch.autograd.grad(total, [masks[each.consumer] for each in units])
-            for each, gradient in zip(units, gradients, strict=True):
-                found[each.consumer].append(gradient[:, 0, each.reads].sum(-1))
-    return Masks(
-        {name: torch.cat(parts).double() for name, parts in found.items()},
-        {name: total / tokens for name, total in sums.items()},
-    )
 
 
 @torch.no_grad()
@@ -174,7 +103,7 @@ def outputs_of(
                 if not number:
                     for module in model.modules():
                         first.callback(module.register_forward_pre_hook(looking).remove)
-                model(**_inputs(batch))
+                model(**inputs_of(batch))
             if not number:
                 _require_norms(found, [real_rows(x, real) for x in read])
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -190,44 +119,6 @@ def _require_norms(found: Mapping[str, list[torch.Tensor]], read: Sequence[torch
                 f"{name}: no module reads its output with the residual added. The published "
                 "methods are written for encoders with norms behind sub-layers."
             )
-
-
-class Settled:
-    """Hidden states behind the layers that are pruned already, so that no pass runs them again."""
-
-    def __init__(self, model: Any, batches: Sequence[Batch]) -> None:
-        self._model = model
-        self._batches = batches
-        self._done: list[nn.Module] = []
-        self._hidden: list[torch.Tensor] = []
-
-    @torch.no_grad()
-    def settle(self, layer: str) -> None:
-        """Keep what the layer, which changes no more, gives for each batch."""
-        module = self._model.get_submodule(layer)
-        hidden: list[torch.Tensor] = []
-
-        def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            hidden.append(out[0] if isinstance(out, tuple) else out)
-            raise _ReachedError
-
-        handle = module.register_forward_hook(hook)
-        try:
-            for number, batch in enumerate(self._batches):
-                with self.passing(number), suppress(_ReachedError):
-                    self._model(**_inputs(batch))
-        finally:
-            handle.remove()
-        self._done.append(module)
-        self._hidden = hidden
-
-    @contextmanager
-    def passing(self, number: int) -> Iterator[None]:
-        """Settled layers hand on what they gave for a batch."""
-        with ExitStack() as stack:
-            for module in self._done:
-                stack.enter_context(replaced_forward(module, lambda *_, **__: self._hidden[number]))
-            yield
 
 
 def densest(
@@ -281,15 +172,15 @@ def _reading(
 
     def last(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         held["h"] = args[0]
-        raise _ReachedError
+        raise ReachedError
 
     producer, consumer = _ends(model, units)
     with ExitStack() as stack:
         stack.callback(producer.register_forward_pre_hook(first).remove)
         stack.callback(consumer.register_forward_pre_hook(last).remove)
         for number, batch in enumerate(batches):
-            with settled.passing(number), suppress(_ReachedError):
-                model(**_inputs(batch))
+            with settled.passing(number), suppress(ReachedError):
+                model(**inputs_of(batch))
             real = real_tokens(batch)
             yield real_rows(held["h"], real), real_rows(held["residual"], real)
 
@@ -301,7 +192,3 @@ def _ends(model: Any, units: Units) -> tuple[Any, Any]:
         model.get_submodule(next(iter(units.producers))),
         model.get_submodule(units.consumer),
     )
-
-
-def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in batch.items() if key != "labels"}
