@@ -29,7 +29,8 @@ class BudgetConfig(BaseModel):
             same share of every kind in every layer.
         least: with ``sensitivity``, the smallest share of its units that a layer keeps. The
             estimate is of second order and knows little of what happens far from the dense layer.
-            By default 0.3, or half the budget where that is less.
+            By default 0.3, or the square of the budget where that is less: a small budget cannot
+            afford what some layers have no use for.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -73,7 +74,7 @@ class BudgetConfig(BaseModel):
     @property
     def floor(self) -> float:
         """``least``, or what it is by default."""
-        return min(_LEAST, self.share / 2) if self.least is None else self.least
+        return min(_LEAST, self.share**2) if self.least is None else self.least
 
     @property
     def share(self) -> float:
