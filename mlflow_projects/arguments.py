@@ -15,6 +15,7 @@ __all__ = [
     "count_or_none",
     "elsewhere",
     "names",
+    "shares",
     "text_name",
     "whole",
 ]
@@ -28,6 +29,20 @@ def count_or_none(text: str) -> int | None:
 def names(text: str) -> list[str]:
     """A comma-separated list; the empty text is the empty list."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def shares(text: str) -> list[float]:
+    """A comma-separated list of numbers between 0 and 1; the empty text is the empty list."""
+    found = []
+    for part in names(text):
+        try:
+            value = float(part)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < 1:
+            raise argparse.ArgumentTypeError(f"{part!r} is not a share between 0 and 1, as 0.5.")
+        found.append(value)
+    return found
 
 
 def text_name(text: str) -> str:

@@ -176,6 +176,9 @@ def _selected(problem: RemovalProblem) -> torch.Tensor:
         generator = torch.Generator().manual_seed(problem.seed)
         return random(len(units), count, generator).to(G.device)
     M = _metric(problem.W.double(), problem.outputs)
+    if kind is Selection.NORM:  # rows of G^{1/2} are as long as the roots of G's diagonal
+        squares = (M.diagonal() * G.diagonal()).clamp_min(0)[units].sum(1)
+        return norm(squares.sqrt()[:, None], count)
     if units.shape[1] == 1:
         rows = units[:, 0]
         A, M = gram_sqrt(G)[rows], M[rows][:, rows]
@@ -189,10 +192,8 @@ def _selected(problem: RemovalProblem) -> torch.Tensor:
             f"Choose {', '.join(OF_BLOCKS)}."
         )
     scored = M.diagonal().clamp_min(0).sqrt()[:, None] * gram_sqrt(G)
-    if kind is Selection.LEVERAGE:
-        basis = leading_subspace(scored, min(count * units.shape[1], len(scored))).U
-        scored = leverage_scores(basis).sqrt()[:, None]
-    return norm(scored[units].flatten(1), count)
+    basis = leading_subspace(scored, min(count * units.shape[1], len(scored))).U
+    return norm(leverage_scores(basis).sqrt()[units], count)
 
 
 def _metric(W: torch.Tensor, outputs: torch.Tensor | None) -> torch.Tensor:

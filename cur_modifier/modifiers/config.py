@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["RefineConfig", "SensitivityConfig"]
 
+_SAMPLES, _WINDOW = 32, 512  # a sample of a text is a window of so many tokens at least
+
 
 class SensitivityConfig(BaseModel):
     """How the loss's curvature at the modules' outputs is measured: one pass of gradients.
 
     Attributes:
-        samples: calibration samples that are run backwards.
+        samples: calibration samples that are run backwards. By default 32, or as many as hold
+            16,384 tokens: the examples of a task are short, and have one label each.
         damping: share of its mean diagonal that is added to the metric of a module's outputs. The
             curvature is known from few tokens and at the dense model only.
         cache: a file to keep the measurement in. By default it is kept in
@@ -23,9 +28,16 @@ class SensitivityConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    samples: int = Field(default=32, ge=1)
+    samples: int | None = Field(default=None, ge=1)
     damping: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     cache: str | None = None
+
+    def count(self, lengths: Sequence[int]) -> int:
+        """How many of samples of these lengths, in tokens, are run backwards."""
+        if self.samples is not None:
+            return self.samples
+        sums = accumulate(lengths)
+        return max(_SAMPLES, 1 + sum(tokens < _SAMPLES * _WINDOW for tokens in sums))
 
 
 class RefineConfig(BaseModel):

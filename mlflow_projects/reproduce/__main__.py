@@ -5,9 +5,13 @@
 
 Experiments: curing (2, 5 and 10 layers, no healing), selection (which rows and columns), rank (rank
 against perplexity), domains (calibrate on each text, evaluate on all), weights (singular values and
-maps of the weights). DATA holds wikitext2-raw/wiki.valid.raw and wiki.test.raw and
-c4/c4_en_train_first1000.jsonl. Rows are kept in OUTPUT as they finish: a stopped experiment
-continues. OUTPUT/RESULTS.md has a section an experiment.
+maps of the weights), stat (encoders on tasks of GLUE, pruned to shares of their
+multiply-accumulates, beside published methods), pruning (neurons and heads of a decoder against row
+IDs and CUR, also in 4 bits). DATA holds wikitext2-raw/wiki.valid.raw and wiki.test.raw and
+c4/c4_en_train_first1000.jsonl; for stat it is the folder of task data, and MODELS holds the dense
+checkpoint of each task in a folder of its name, as mlflow_projects/finetune makes it. Rows are kept
+in OUTPUT as they finish: a stopped experiment continues. OUTPUT/RESULTS.md has a section an
+experiment.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +30,24 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
 
 from cur_modifier.checkpoint.files import put_text
 from cur_modifier.compress import model_source
-from mlflow_projects.arguments import check_output, count, elsewhere, whole
+from mlflow_projects.arguments import (
+    check_output,
+    count,
+    count_or_none,
+    elsewhere,
+    names,
+    shares,
+    whole,
+)
 from mlflow_projects.figures import put_figure
-from mlflow_projects.reproduce import domains
+from mlflow_projects.reproduce.cases import Experiment, Harness
 from mlflow_projects.reproduce.draw import MAP_CELLS, decay, structure
-from mlflow_projects.reproduce.experiments import EXPERIMENTS, Case, Experiment
+from mlflow_projects.reproduce.experiments import EXPERIMENTS
 
 PROJECT = Path(__file__).resolve().parent
 NAMES = (*EXPERIMENTS, "weights")
-SETTINGS = ("model", "samples", "windows", "sequence_length", "layers", "seed")
+WEIGHTS = ("model", "samples", "windows", "sequence_length", "layers", "seed")
+TASKS = "sst2,mrpc,qnli,stsb"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +59,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", required=True, type=Path, help="folder of the texts")
     parser.add_argument("--output", required=True, type=Path, help="folder of rows and figures")
-    parser.add_argument("--samples", type=count, default=64, help="calibration windows")
+    parser.add_argument("--models", type=Path, help="stat: folder of dense checkpoints, by task")
+    parser.add_argument("--tasks", type=names, default=names(TASKS), help=f"of stat [{TASKS}]")
+    parser.add_argument(
+        "--budgets", type=shares, default=[], help="shares that may be left; none: the experiment's"
+    )
+    parser.add_argument("--limit", type=count_or_none, help="validation examples; 0: all")
+    parser.add_argument("--samples", type=count, default=64, help="calibration windows, examples")
     parser.add_argument("--windows", type=count, default=24, help="windows to evaluate on")
     parser.add_argument("--sequence-length", type=count, default=1024, help="tokens of each")
     parser.add_argument("--layers", type=count, default=10, help="that CUR takes, as published")
@@ -62,19 +80,20 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     import mlflow
 
-    try:
-        source = model_source(options.model)
-    except FileNotFoundError as error:
-        sys.exit(f"reproduce: {error}{elsewhere(options.model, PROJECT)}")
-    if options.experiment == "weights":
+    experiment = EXPERIMENTS.get(options.experiment)
+    if experiment is None or "model" in experiment.settings:
+        try:
+            source = model_source(options.model)
+        except FileNotFoundError as error:
+            sys.exit(f"reproduce: {error}{elsewhere(options.model, PROJECT)}")
+    if experiment is None:  # no data, no compression
         options.output.mkdir(parents=True, exist_ok=True)
         with mlflow.start_run():
             _weights(source, options)
         return
-    experiment = EXPERIMENTS[options.experiment]
-    cases = experiment.cases(options.layers, options.seed)
+    cases = experiment.cases(options)
     try:
-        harness = _Harness(source, options, experiment, cases)
+        harness = experiment.harness(options, cases)
     except (OSError, ValueError) as error:
         sys.exit(f"reproduce: {error}{elsewhere(options.data, PROJECT)}")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -83,106 +102,39 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _experiment(
-    experiment: Experiment, cases: list[Case], harness: _Harness, options: argparse.Namespace
+    experiment: Experiment, cases: Sequence[Any], harness: Harness, options: argparse.Namespace
 ) -> None:
     import mlflow
 
     file = options.output / f"{options.experiment}.json"
-    settings = {name: getattr(options, name) for name in SETTINGS}
-    settings["data"] = str(options.data.resolve())
+    settings = {name: getattr(options, name) for name in experiment.settings}
+    settings["data"] = options.data
+    settings = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in settings.items()}
     kept = _read(file, settings)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, case in enumerate(cases, start=1):
         found = next((row for row in kept if case.labels.items() <= row.items()), None)
         if found is None:
             label = ", ".join(f"{key} {value}" for key, value in case.labels.items())
             print(f"== {options.experiment} {number} of {len(cases)}: {label}", flush=True)
-            found = case.labels | harness.measure(case.settings, case.calibrate, experiment.texts)
+            found = case.labels | harness.measure(case)
         rows.append(found)
-        put_text(file, json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+        held = [*rows, *(row for row in kept if row not in rows)]
+        put_text(file, json.dumps({"settings": settings, "rows": held}, indent=2) + "\n")
     _log_figure(options.output / f"{options.experiment}.png", experiment.figure(rows))
-    section = _section(options, experiment.question, rows, experiment.findings(rows))
+    section = _section(
+        options,
+        experiment.question,
+        experiment.table(rows),
+        experiment.findings(rows),
+        settings=(*experiment.settings, *experiment.chooses),
+    )
     mlflow.log_text(section, f"{options.experiment}.md")
     mlflow.log_table({key: [row[key] for row in rows] for key in rows[0]}, "rows.json")
     for step, row in enumerate(rows):
-        values = {_metric(k): float(v) for k, v in row.items() if k.startswith("perplexity ")}
-        mlflow.log_metrics(values, step=step)
+        mlflow.log_metrics(experiment.metrics(row), step=step)
     _put_section(options.output / "RESULTS.md", options.experiment, section)
     print(section)
-
-
-class _Harness:
-    """A fresh model a case, the same windows for all."""
-
-    def __init__(
-        self,
-        source: str,
-        options: argparse.Namespace,
-        experiment: Experiment,
-        cases: Sequence[Case],
-    ) -> None:
-        from transformers import AutoConfig, AutoTokenizer
-
-        from cur_modifier.data import token_windows
-
-        depth = AutoConfig.from_pretrained(source).num_hidden_layers
-        wanted = [case.settings["layers"].get("count", 0) for case in cases if case.settings]
-        if max(wanted) > depth - 2:
-            raise ValueError(
-                f"layers {options.layers} are more than the {depth - 2} that there are between the "
-                "first and the last. Lower it."
-            )
-        self._source = source
-        self._length = options.sequence_length
-        tokenizer = AutoTokenizer.from_pretrained(source)
-
-        def windows(documents: list[str], wanted: int) -> Any:
-            return token_windows(documents, tokenizer, windows=wanted, sequence_length=self._length)
-
-        calibrate = {case.calibrate for case in cases}
-        self._calibration, self._evaluation = {}, {}
-        for name in sorted(calibrate | {*experiment.texts}):
-            try:
-                texts = domains.read(name, options.data)
-                if name in calibrate:
-                    self._calibration[name] = windows(texts.calibration, options.samples)
-                if name in experiment.texts:
-                    self._evaluation[name] = windows(texts.evaluation, options.windows)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-
-    def measure(
-        self, settings: dict[str, Any] | None, calibrate: str, texts: Sequence[str]
-    ) -> dict[str, Any]:
-        """Ratio, perplexities and seconds of one compression."""
-        import torch
-        import yaml
-        from llmcompressor import oneshot
-        from transformers import AutoModelForCausalLM
-
-        import cur_modifier  # noqa: F401 - registers the stage
-        from cur_modifier.data import windows_dataset
-        from cur_modifier.evaluate import perplexity
-        from cur_modifier.modifiers.report import parameter_count
-
-        model = AutoModelForCausalLM.from_pretrained(self._source, dtype=torch.float32)
-        before = parameter_count(model)
-        started = time.perf_counter()
-        if settings is not None:
-            ids = self._calibration[calibrate]
-            stage = {"cur_modifiers": {"CURModifier": settings | {"mlflow": False}}}
-            oneshot(
-                model=model,
-                dataset=windows_dataset(ids),
-                recipe=yaml.safe_dump({"compress_stage": stage}),
-                num_calibration_samples=len(ids),
-            )
-        seconds = time.perf_counter() - started
-        row: dict[str, Any] = {"model ratio": parameter_count(model) / before}
-        for text in texts:
-            found = perplexity(model, self._evaluation[text], bfloat16=True)
-            row[f"perplexity {text}"] = found.perplexity
-        return row | {"seconds": round(seconds, 1)}
 
 
 Spectra = dict[str, dict[int, list[float]]]
@@ -266,10 +218,6 @@ def _span(values: Sequence[float]) -> str:
     return f"{min(values):.4g} to {max(values):.4g}"
 
 
-def _metric(key: str) -> str:
-    return key.replace("perplexity ", "perplexity/")
-
-
 def _read(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of an earlier start.
 
@@ -302,11 +250,15 @@ def _section(
     rows: Sequence[Mapping[str, Any]],
     findings: Sequence[str],
     figures: Sequence[str] | None = None,
+    settings: Sequence[str] = WEIGHTS,
 ) -> str:
     """One experiment in Markdown."""
     columns = list(rows[0])
-    given = {"model": options.model, "data": "DATA", "output": "OUT"}
-    given |= {name: getattr(options, name) for name in SETTINGS[1:]}
+    first, *others = settings
+    given = {first: getattr(options, first), "data": "DATA", "output": "OUT"}
+    given |= {name: _parameter(getattr(options, name)) for name in others}
+    given = {key: "MODELS" if isinstance(v, Path) else v for key, v in given.items()}
+    given = {key: value for key, value in given.items() if value != ""}
     command = f"mlflow run mlflow_projects/reproduce -e {options.experiment} --env-manager local "
     lines = [
         f"## {options.experiment}",
@@ -327,6 +279,13 @@ def _section(
         "",
     ]
     return "\n".join(lines)
+
+
+def _parameter(value: Any) -> Any:
+    """A setting as the command takes it; empty for the default."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return 0 if value is None else value
 
 
 def _cell(value: Any) -> str:

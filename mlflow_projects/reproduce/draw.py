@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from mlflow_projects.figures import BLUE, GREY, label_within_decades
+from mlflow_projects.figures import BLUE, GREY, PALETTE, label_within_decades
 
 ORANGE = "#D55E00"
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 MAP_CELLS = 64  # a side of a weight's map
 
 
@@ -94,6 +96,76 @@ def matrix(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Figure:
     axes.set_yticks(range(len(others)), [row["calibrated on"] for row in others])
     axes.set(xlabel="evaluated on", ylabel="calibrated on", title="Perplexity ÷ dense")
     figure.colorbar(image, ax=axes)
+    return figure
+
+
+def scores(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Figure:
+    """Score against the share of multiply-accumulates: a panel a task, a line a method."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    columns = min(2, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.3 * lines + 0.7), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    looks = dict(zip(methods, zip(PALETTE, "osD^vX*", _DASHES, strict=False), strict=False))
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        own = [row for row in rows if row["task"] == task]
+        dense = next(row for row in own if row["method"] == "dense")
+        axes.axhline(100 * dense["score"], color="black", linewidth=1, label="dense")
+        for method, (colour, marker, dash) in looks.items():
+            found = sorted(
+                (row["MACs"], 100 * row["score"]) for row in own if row["method"] == method
+            )
+            if found:
+                axes.plot(
+                    *zip(*found, strict=True),
+                    color=colour,
+                    marker=marker,
+                    linestyle=dash,
+                    linewidth=2.2 if method == methods[0] else 1.3,
+                    label=method,
+                )
+        axes.set(title=task, xlabel="multiply-accumulates left", ylabel=f"{dense['metric']}, %")
+        axes.set_xticks(sorted({row["MACs"] for row in own}))
+        axes.grid(alpha=0.3)
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.remove()
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8
+    )
+    return figure
+
+
+def sizes(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Perplexity against megabytes, a panel a number of bits, a line a method."""
+    bits = sorted({row["bits"] for row in rows}, reverse=True)
+    figure = Figure(figsize=(5.0 * len(bits), 4.6), layout="constrained")
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] != "dense"))
+    looks = zip(names, cycle(PALETTE), cycle("osD^vX*P"), cycle(_DASHES), strict=False)
+    styles = {name: look for name, *look in looks}
+    for axes, width in zip(figure.subplots(1, len(bits), squeeze=False)[0], bits, strict=True):
+        own = [r for r in rows if r["bits"] == width and r["perplexity wikitext"] is not None]
+        for row in own:
+            if row["name"] == "dense":
+                axes.plot(row["MB"], row["perplexity wikitext"], "k*", markersize=10, label="dense")
+        for name, (colour, marker, dash) in styles.items():
+            found = sorted((r["MB"], r["perplexity wikitext"]) for r in own if r["name"] == name)
+            if found:
+                axes.plot(
+                    *zip(*found, strict=True),
+                    color=colour,
+                    marker=marker,
+                    linestyle=dash,
+                    label=name,
+                )
+        axes.set(
+            yscale="log",
+            title=f"{width} bits",
+            xlabel="checkpoint, MB",
+            ylabel="perplexity, WikiText-2",
+        )
+        label_within_decades(axes.yaxis)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     return figure
 
 

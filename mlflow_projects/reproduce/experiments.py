@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from mlflow_projects.reproduce import draw
+from mlflow_projects.reproduce import draw, pruning, stat
+from mlflow_projects.reproduce.cases import Case, Experiment, Row, Settings
 from mlflow_projects.reproduce.domains import NAMES as DOMAINS
-
-Row = dict[str, Any]
-Settings = dict[str, Any]
+from mlflow_projects.reproduce.perplexities import Perplexities
 
 # CURing (Park and Moon 2025): q, k and gate of ten layers, DEIM on WANDA scores, U = C⁺ W R⁺.
 CURING: Settings = {
@@ -33,39 +31,6 @@ EVERYTHING: Settings = {
 KEPT = 1.02  # perplexity ÷ dense that counts as kept
 
 
-@dataclass(frozen=True)
-class Case:
-    """One compression; without settings, the dense model.
-
-    Attributes:
-        labels: what tells this row from the others, as columns.
-        calibrate: the domain it calibrates on.
-    """
-
-    labels: Row
-    settings: Settings | None
-    calibrate: str = "wikitext"
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One question and its answer.
-
-    Attributes:
-        question: in one line, for the head of its section.
-        cases: of a number of layers and a seed.
-        figure: drawn from the rows.
-        findings: sentences that the rows bear out, for or against the claim.
-        texts: domains to evaluate on.
-    """
-
-    question: str
-    cases: Callable[[int, int], list[Case]]
-    figure: Callable[[Sequence[Row]], Any]
-    findings: Callable[[Sequence[Row]], list[str]]
-    texts: tuple[str, ...] = ("wikitext", "c4")
-
-
 def ratio(row: Row, dense: Row, text: str = "wikitext") -> float:
     """Perplexity ÷ that of the dense model."""
     return row[f"perplexity {text}"] / dense[f"perplexity {text}"]
@@ -74,10 +39,15 @@ def ratio(row: Row, dense: Row, text: str = "wikitext") -> float:
 # -- CURing, no healing ------------------------------------------------------------------------
 
 
-def _curing(layers: int, seed: int) -> list[Case]:
+def _cur(labels: Row, settings: Settings, calibrate: str = "wikitext") -> Case:
+    return Case(labels, {"CURModifier": settings}, calibrate)
+
+
+def _curing(options: Any) -> list[Case]:
+    layers, seed = options.layers, options.seed
     counts = [count for count in (2, 5) if count < layers] + [layers]
-    return [Case({"layers": 0}, None)] + [
-        Case({"layers": count}, CURING | _angular(count, seed)) for count in counts
+    return [Case({"layers": 0})] + [
+        _cur({"layers": count}, CURING | _angular(count, seed)) for count in counts
     ]
 
 
@@ -111,10 +81,10 @@ SELECTIONS: dict[str, Settings] = {
 }
 
 
-def _selection(layers: int, seed: int) -> list[Case]:
-    return [Case({"selection": "dense"}, None)] + [
-        Case({"selection": name}, CURING | _angular(layers, seed) | chosen)
-        for name, chosen in SELECTIONS.items()
+def _selection(options: Any) -> list[Case]:
+    ten = CURING | _angular(options.layers, options.seed)
+    return [Case({"selection": "dense"})] + [
+        _cur({"selection": name}, ten | chosen) for name, chosen in SELECTIONS.items()
     ]
 
 
@@ -137,12 +107,13 @@ def _selection_found(rows: Sequence[Row]) -> list[str]:
 RANKS = (16, 32, 64, 96, 128, 192, 256, 384)
 
 
-def _rank(layers: int, seed: int) -> list[Case]:
-    cases = [Case({"fit": "dense", "largest rank": None}, None)]
+def _rank(options: Any) -> list[Case]:
+    ten = CURING | _angular(options.layers, options.seed)
+    cases = [Case({"fit": "dense", "largest rank": None})]
     for fit in ("weight", "gram"):
         for rank in RANKS:
-            chosen = CURING | _angular(layers, seed) | {"fit": fit, "rank": {"max": rank}}
-            cases.append(Case({"fit": fit, "largest rank": rank}, chosen))
+            chosen = ten | {"fit": fit, "rank": {"max": rank}}
+            cases.append(_cur({"fit": fit, "largest rank": rank}, chosen))
     return cases
 
 
@@ -168,10 +139,9 @@ def _rank_found(rows: Sequence[Row]) -> list[str]:
 # -- calibration text ------------------------------------------------------------------------------
 
 
-def _domains(_: int, seed: int) -> list[Case]:
-    return [Case({"calibrated on": "dense"}, None)] + [
-        Case({"calibrated on": name}, EVERYTHING | {"seed": seed}, calibrate=name)
-        for name in DOMAINS
+def _domains(options: Any) -> list[Case]:
+    return [Case({"calibrated on": "dense"})] + [
+        _cur({"calibrated on": name}, EVERYTHING | {"seed": options.seed}, name) for name in DOMAINS
     ]
 
 
@@ -201,31 +171,39 @@ def _verdict(holds: bool, claim: str) -> str:
     return f"The claim {claim} {'holds' if holds else 'does **not** hold'} on this model."
 
 
+def _on(*texts: str) -> Callable[[Any, Sequence[Any]], Perplexities]:
+    return lambda options, cases: Perplexities(options, texts, cases)
+
+
 EXPERIMENTS = {
     "curing": Experiment(
         "CURing as published, without healing: what do 2, 5 and 10 layers cost?",
         _curing,
+        _on("wikitext", "c4"),
         lambda rows: draw.lollipops(rows, "layers", ("wikitext", "c4")),
         _curing_found,
     ),
     "selection": Experiment(
         "Which rows and columns: does DEIM on WANDA scores choose best?",
         _selection,
+        _on("wikitext", "c4"),
         lambda rows: draw.lollipops(rows, "selection", ("wikitext", "c4")),
         _selection_found,
     ),
     "rank": Experiment(
         "How does the perplexity fall with the rank, and which rank keeps it?",
         _rank,
+        _on("wikitext"),
         lambda rows: draw.ranks(rows, KEPT),
         _rank_found,
-        texts=("wikitext",),
     ),
     "domains": Experiment(
         "Calibrated on one kind of text, how does the model do on the others?",
         _domains,
+        _on(*DOMAINS),
         lambda rows: draw.matrix(rows, DOMAINS),
         _domains_found,
-        texts=DOMAINS,
     ),
+    "stat": stat.EXPERIMENT,
+    "pruning": pruning.EXPERIMENT,
 }

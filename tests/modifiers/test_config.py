@@ -55,8 +55,17 @@ def test_what_is_at_the_edge_is_taken(fields: dict[str, Any]) -> None:
 
 def test_defaults_of_a_sensitivity() -> None:
     config = SensitivityConfig()
-    assert config.cache is None and config.samples > 0 and config.damping > 0
+    assert config.cache is None and config.damping > 0
     assert SensitivityConfig(**config.model_dump()) == config
+
+
+def test_short_samples_are_measured_by_their_tokens() -> None:
+    config = SensitivityConfig()
+    assert config.count([1024] * 64) == config.count([512] * 64) == 32
+    assert config.count([128] * 256) == 128
+    assert config.count([50] * 256) >= 256  # all of them
+    assert config.count([1024] * 8) == 32  # no more than asked for are there
+    assert SensitivityConfig(samples=4).count([50] * 256) == 4
 
 
 @pytest.mark.parametrize(

@@ -182,12 +182,13 @@ def _measure(
     draft: Plan, candidates: Sequence[Candidate], model: nn.Module, batches: Any
 ) -> Sensitivity:
     config = draft.settings.sensitivity
+    samples = [sample.inputs for sample in collect_samples(batches)]
     return load_or_measure(
         model,
         {c.name: list(c.members.values()) for c in candidates},
         draft.layers,
-        [sample.inputs for sample in collect_samples(batches)],
-        samples=config.samples,
+        samples,
+        samples=config.count([sample["input_ids"].numel() for sample in samples]),
         seed=draft.settings.seed,
         cache=Path(config.cache) if config.cache else None,
     )

@@ -109,7 +109,7 @@ def by_sensitivity(
     free = sum(curve.dense for curve in curves)
 
     def counts_for(wanted: float) -> dict[str, int]:
-        picked = allocate_ranks(curves, wanted / free, least=budget.least)
+        picked = allocate_ranks(curves, wanted / free, least=budget.floor)
         counts: dict[str, int] = {}
         for group, kept in zip(groups.values(), picked, strict=True):
             for each in group:
@@ -166,7 +166,7 @@ def _least(budget: BudgetConfig, curves: Sequence[RankCurve]) -> int:
         enough = [
             curve.stored(k)
             for k in range(1, curve.limit + 1)
-            if curve.stored(k) >= budget.least * curve.dense
+            if curve.stored(k) >= budget.floor * curve.dense
         ]
         least += min(enough, default=curve.dense)
     return least
@@ -215,7 +215,7 @@ def _too_small(costs: Costs, budget: BudgetConfig, least: int) -> str:
         f"budget {budget.measure} {budget.share} allows {int(budget.share * costs.total)} of "
         f"{costs.total} {counted}, and the smallest counts that may be kept leave {least} "
         f"({least / costs.total:.3f}). Raise the budget, lower `budget.least` "
-        f"({budget.least}) or `multiple_of`, or name more kinds in `units`."
+        f"({budget.floor:g}) or `multiple_of`, or name more kinds in `units`."
     )
 
 

@@ -217,10 +217,12 @@ def check_data(settings: PruneSettings, batches: Any) -> None:
     """Raises:
     ValueError: there are no data, or too few to hold some out.
     """
+    if not settings.needs_data:
+        return
     if batches is None:
         raise ValueError(
             "no calibration data, but a removal is corrected by what the units do on data. Pass "
-            "`dataset=` to oneshot."
+            "`dataset=` to oneshot; or choose by weights alone, with `fit: weight`."
         )
     if settings.refine is not None:
         samples = collect_samples(batches)

@@ -11,6 +11,7 @@ __all__ = ["BudgetConfig", "Measure"]
 Measure = Literal["ratio", "parameters", "macs"]
 _MEASURES: tuple[Measure, ...] = ("ratio", "parameters", "macs")
 _TOKENS = 128
+_LEAST = 0.3
 
 
 class BudgetConfig(BaseModel):
@@ -29,6 +30,8 @@ class BudgetConfig(BaseModel):
             same share of every kind in every layer.
         least: with ``sensitivity``, the smallest share of its units that a layer keeps. The
             estimate is of second order and knows little of what happens far from the dense layer.
+            By default 0.3, or the square of the budget where that is less: a small budget cannot
+            afford what some layers have no use for.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -38,7 +41,7 @@ class BudgetConfig(BaseModel):
     macs: float | None = None
     sequence_length: int = Field(default=_TOKENS, ge=1)
     by: Literal["sensitivity", "uniform"] = "sensitivity"
-    least: float = Field(default=0.3, ge=0, lt=1)
+    least: float | None = Field(default=None, ge=0, lt=1)
 
     @field_validator(*_MEASURES)
     @classmethod
@@ -68,6 +71,11 @@ class BudgetConfig(BaseModel):
     def measure(self) -> Measure:
         """What is counted."""
         return next(measure for measure in _MEASURES if getattr(self, measure) is not None)
+
+    @property
+    def floor(self) -> float:
+        """``least``, or what it is by default."""
+        return min(_LEAST, self.share**2) if self.least is None else self.least
 
     @property
     def share(self) -> float:

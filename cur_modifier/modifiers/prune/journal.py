@@ -31,12 +31,16 @@ class PruningJournal(Journal):
     def removed(self, record: UnitRecord) -> None:
         """Log what was done to the units of one kind in a layer."""
         self.records[record.name] = record
+        assert record.seconds is not None
+        metrics = {"module_seconds": record.seconds}
+        missed = ""
+        if record.relative_error is not None:  # known where activations are
+            metrics["relative_error"] = record.relative_error
+            missed = f", relative error {record.relative_error:.4f}"
         logger.info(
-            f"{record.name}: {record.after} of {record.before} {record.kind} kept, relative error "
-            f"{record.relative_error:.4f}, {record.seconds:.2f} s"
+            f"{record.name}: {record.after} of {record.before} {record.kind} kept{missed}, "
+            f"{record.seconds:.2f} s"
         )
-        assert record.relative_error is not None and record.seconds is not None
-        metrics = {"relative_error": record.relative_error, "module_seconds": record.seconds}
         done = sum(record.seconds is not None for record in self.records.values())
         self.tracker.log_metrics(metrics, step=done)
 

@@ -14,6 +14,7 @@ from cur_modifier.modifiers import upstream
 from cur_modifier.modifiers.journal import failing_run
 from cur_modifier.modifiers.prune.engine import remove_units
 from cur_modifier.modifiers.prune.journal import PruningJournal
+from cur_modifier.modifiers.prune.magnitude import remove_by_weight
 from cur_modifier.modifiers.prune.plan import Plan, check, make_plan, put_counts
 from cur_modifier.modifiers.prune.settings import PruneSettings
 
@@ -70,7 +71,9 @@ class IDPruningModifier(PruneSettings):
         removal they read something else; with ``none`` consumers keep their columns
     :param max_entry: exchange neurons until no entry of an interpolation is larger; STAT's is 2
     :param fit: ``loss`` chooses units in the metric of the loss's curvature, ``gram`` by the plain
-        error of the consumer's output
+        error of the consumer's output, ``weight`` by the norm of all weights of a unit, without
+        data: magnitude pruning, a baseline. It takes ``selection: norm``, ``correct: none`` and a
+        budget ``by: uniform``
     :param anchor: the dense model's share in what modules are fitted to, as in ``CURModifier``;
         null fits each to its own weight, so ``layers`` is then ``consumers``. For channels 1 is
         better: images give many patches for every feature
@@ -105,7 +108,10 @@ class IDPruningModifier(PruneSettings):
         self._journal = journal = PruningJournal(model, enabled=self.mlflow)
         with failing_run(self):
             plan = make_plan(draft, model, batches)
-            remove_units(model, plan, batches, journal)
+            if self.needs_data:
+                remove_units(model, plan, batches, journal)
+            else:
+                remove_by_weight(model, plan, journal)
             put_counts(model, plan)
             mark_resized(model, plan.fields)
             wrap_save_pretrained(model, journal.files)

@@ -184,7 +184,8 @@ def _measure(draft: Plan, model: nn.Module, batches: Any) -> Sensitivity:
     # A language model's labels are its inputs; those of a task are what it is measured by.
     labels = not is_decoder(model)
     samples = [sample.inputs for sample in collect_samples(batches, labels=labels)]
-    chosen = samples[: config.samples]
+    count = config.count([main_input(sample).numel() for sample in samples])
+    chosen = samples[:count]
     if draft.positions:
         samples = stacked(chosen, IMAGES)
     # By name, the rows that a module is known from, and those that add up to one loss.
@@ -207,7 +208,7 @@ def _measure(draft: Plan, model: nn.Module, batches: Any) -> Sensitivity:
         {name: [model.get_submodule(name)] for name in units},
         draft.layers,
         samples,
-        samples=config.samples,
+        samples=count,
         seed=draft.settings.seed,
         cache=Path(config.cache) if config.cache else None,
         curve=(f"removal, damping {config.damping}", curve),

@@ -76,10 +76,12 @@ def format_table(records: Sequence[UnitRecord], summed: dict[str, float], counte
     for (kind, before), members in groups.items():
         after = [r.after for r in members]
         errors = [r.relative_error for r in members if r.relative_error is not None]
+        whole = all(r.after == r.before for r in members)
         kept = sum(after) / (before * len(members))
         lines.append(
             f"{kind:<10} {len(members):>6} {before:>8} {span(after, 'd'):>12} {kept:>6.3f} "
-            f"{span(errors, '.3f', none='whole'):>15} {sum(r.seconds or 0 for r in members):>8.1f}"
+            f"{span(errors, '.3f', none='whole' if whole else 'unknown'):>15} "
+            f"{sum(r.seconds or 0 for r in members):>8.1f}"
         )
     lines.append(
         f"{counted} after ÷ before: {summed['ratio_budget']:.4f} over the budget, parameters "

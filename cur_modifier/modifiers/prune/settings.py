@@ -15,6 +15,8 @@ from cur_modifier.structure.removal import Kind
 __all__ = ["PruneSettings"]
 
 _ANCHOR = 0.25
+# Selections that need no more of a unit than the norm of its weights.
+OF_WEIGHTS = (Selection.NORM, Selection.RANDOM)
 
 
 class PruneSettings(Modifier):
@@ -28,7 +30,7 @@ class PruneSettings(Modifier):
     selection: Selection = Selection.ELIMINATION
     correct: Literal["layers", "consumers", "none"] = "layers"
     max_entry: float | None = Field(default=None, gt=1, allow_inf_nan=False)
-    fit: Literal["loss", "gram"] = "loss"
+    fit: Literal["loss", "gram", "weight"] = "loss"
     anchor: float | None = Field(default=_ANCHOR, ge=0, le=1)
     refine: RefineConfig | None = None
     sensitivity: SensitivityConfig = Field(default_factory=SensitivityConfig)
@@ -59,6 +61,12 @@ class PruneSettings(Modifier):
                     f"max_entry {self.max_entry} bounds the interpolation of single features by "
                     f"exchange, and {what} has several. Leave it out, or `units: [neurons]`."
                 )
+        if self.fit == "weight" and (asked := self._asked_of_data()):
+            raise ValueError(
+                f"fit 'weight' chooses by the norms of weights and looks at no data, which {asked} "
+                "need. Write `selection: norm` (or random), `correct: none` and a budget with `by: "
+                "uniform`, without refine; or another fit."
+            )
         if self.correct == "none" and self.anchor not in (None, _ANCHOR):  # a dump has the default
             raise ValueError(
                 f"anchor {self.anchor} is the dense model's share in what modules are fitted to, "
@@ -92,6 +100,21 @@ class PruneSettings(Modifier):
                 "counted at the size of the calibration's images. Leave it out."
             )
         return self
+
+    def _asked_of_data(self) -> str:
+        """What of the settings no weight alone can answer."""
+        asked = {
+            f"selection '{self.selection}'": self.selection not in OF_WEIGHTS,
+            f"correct '{self.correct}'": self.correct != "none",
+            f"a budget by {self.budget.by}": self.budget.by != "uniform",
+            "refine": self.refine is not None,
+        }
+        return ", ".join(what for what, holds in asked.items() if holds)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything depends on calibration data."""
+        return self.fit != "weight"
 
     @property
     def needs_gradients(self) -> bool:

@@ -53,3 +53,9 @@ def test_a_budget_that_contradicts_itself_is_refused(fields: dict[str, Any], mes
 def test_a_length_goes_with_multiply_accumulates() -> None:
     assert BudgetConfig(macs=0.5, sequence_length=384).sequence_length == 384
     assert BudgetConfig(macs=0.5).sequence_length > 0
+
+
+def test_by_default_little_is_left_of_a_layer_where_the_budget_is_small() -> None:
+    assert BudgetConfig(macs=0.8).floor == 0.3
+    assert BudgetConfig(macs=0.2).floor == pytest.approx(0.04)
+    assert BudgetConfig(macs=0.2, least=0.15).floor == 0.15

@@ -34,6 +34,15 @@ def test_all_is_done_when_later_stages_look(
     assert {"recipe_as_given.yaml", "report.html"} <= names and "cur_code" not in names
 
 
+def test_weights_alone_take_no_data(model: Any, state: Any, recipe: Callable[..., Any]) -> None:
+    state.data.calib = None
+    fields: dict[str, Any] = {"fit": "weight", "selection": "norm", "correct": "none"}
+    done = recipe(stage(**fields, budget={"ratio": 0.8, "by": "uniform"}))
+    assert done.on_initialize(state)
+    assert model.config.intermediate_size == model.model.layers[0].mlp.down_proj.in_features < 24
+    done.on_finalize(state)
+
+
 def test_a_refused_stage_changes_nothing(
     model: Any, state: Any, recipe: Callable[..., Any]
 ) -> None:

@@ -64,7 +64,7 @@ def test_the_table_has_a_line_for_every_kind_and_size() -> None:
     assert [line.split() for line in lines] == [
         ["neurons", "2", "24", "16–20", "0.750", "0.250–0.500", "1.5"],
         ["heads", "1", "4", "2", "0.500", "0.125", "0.2"],
-        ["neurons", "1", "20", "10", "0.500", "whole", "0.0"],
+        ["neurons", "1", "20", "10", "0.500", "unknown", "0.0"],
     ]
     assert last.startswith("MACs after ÷ before: 0.8448 over the budget, parameters 0.9200")
     assert "(10,000 → 9,200)" in last

@@ -15,6 +15,13 @@ from cur_modifier.modifiers.prune.modifier import IDPruningModifier
 
 OF_BLOCKS = ("elimination", "norm", "leverage", "random")
 
+WEIGHT: dict[str, Any] = {
+    "fit": "weight",
+    "selection": "norm",
+    "correct": "none",
+    "budget": {"ratio": 0.5, "by": "uniform"},
+}
+
 
 def test_defaults_remove_neurons_alike_in_all_layers() -> None:
     settings = IDPruningModifier()
@@ -36,7 +43,16 @@ def test_defaults_remove_neurons_alike_in_all_layers() -> None:
         ({"selection": "svd"}, "selection"),
         ({"max_entry": 1}, "greater than 1"),
         ({"max_entry": float("inf")}, "finite"),
-        ({"fit": "diag"}, "'loss' or 'gram'"),
+        ({"fit": "diag"}, "'loss', 'gram' or 'weight'"),
+        (
+            {"fit": "weight"},
+            r"fit 'weight'.*looks at no data, which selection 'elimination', correct 'layers', a "
+            r"budget by sensitivity need\. Write `selection: norm`",
+        ),
+        (
+            WEIGHT | {"refine": {}},
+            r"looks at no data, which refine need.*or another fit",
+        ),
         ({"anchor": 1.5}, "less than or equal to 1"),
         ({"multiple_of": 0}, "greater than or equal to 1"),
         (
@@ -88,6 +104,13 @@ def test_heads_take_the_selections_of_several_features(kind: Selection) -> None:
     assert ", ".join(OF_BLOCKS) in str(e.value) and "`units: [neurons]`" in str(e.value)
 
 
+def test_weights_alone_need_no_data() -> None:
+    settings = IDPruningModifier(**WEIGHT)
+    assert not settings.needs_data and not settings.needs_gradients
+    assert IDPruningModifier(fit="gram").needs_data
+    IDPruningModifier(**WEIGHT | {"selection": "random"})
+
+
 def test_without_correction_nothing_is_anchored_by_default() -> None:
     IDPruningModifier(correct="none")
     IDPruningModifier(correct="none", anchor=None)
@@ -109,7 +132,7 @@ def test_gradients_are_measured_where_they_decide(fields: dict[str, Any], gradie
 
 def test_a_dump_holds_plain_values_and_is_taken_again() -> None:
     """llm-compressor writes all fields beside the checkpoint, those by default too."""
-    for fields in ({}, {"selection": "norm", "refine": {}}, {"correct": "none"}):
+    for fields in ({}, {"selection": "norm", "refine": {}}, {"correct": "none"}, WEIGHT):
         dumped = IDPruningModifier(**fields).model_dump()
         assert type(dumped["selection"]) is str
         assert IDPruningModifier(**dumped).model_dump() == dumped
