@@ -235,7 +235,7 @@ def image_of(batches: Any) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: there is none, or it is no image.
     """
-    samples = collect_samples(batches)
+    samples = [] if batches is None else collect_samples(batches)
     held = sorted(samples[0].inputs) if samples else []
     if "pixel_values" not in held:
         raise ValueError(

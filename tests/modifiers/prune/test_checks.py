@@ -131,6 +131,15 @@ def test_channels_that_cannot_go_are_refused_before_the_pass(
         check(recipe(stage(**CHANNELS | fields)), small_resnet(0), images)
 
 
+def test_channels_take_an_image_even_where_weights_alone_choose(
+    small_resnet: Any, recipe: Any
+) -> None:
+    by_weight = {"fit": "weight", "selection": "norm", "correct": "none"}
+    fields = CHANNELS | by_weight | {"budget": {"ratio": 0.5, "by": "uniform"}}
+    with pytest.raises(ValueError, match=r"channels are looked for in images.*columns \[\]"):
+        check(recipe(stage(**fields)), small_resnet(0), None)
+
+
 def test_why_convolutions_keep_their_channels(
     small_resnet: Any, images: Any, recipe: Any, logged: list[str]
 ) -> None:

@@ -68,7 +68,8 @@ def test_the_largest_stay_as_they_are(model: Any, removed: Any) -> None:
         assert torch.equal(pruned.get_submodule(units.consumer).weight, before)
     records = list(journal.records.values())
     assert all(record.relative_error is None for record in records)
-    summed = totals(records, plan.costs.total, (100, 60))
+    left = plan.costs.left(plan.units, plan.counts)
+    summed = totals(records, (plan.costs.total, left), (100, 60))
     assert "unknown" in format_table(records, summed, "parameters")
 
 
