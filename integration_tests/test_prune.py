@@ -343,6 +343,23 @@ def test_units_of_a_quantized_checkpoint_are_refused(
         pruned(llama, tiny_data, {"budget": {"ratio": 0.8}}, first=GPTQ)
 
 
+def test_a_second_run_takes_ordinary_checkpoints(
+    llama: Any, tiny_data: Dataset, tmp_path: Path
+) -> None:
+    """And says of others that it does not: llm-compressor puts its saving around a model's."""
+    half = {"budget": {"ratio": 0.8}, "multiple_of": 32}
+    saved(pruned(llama, tiny_data, half), tmp_path / "once")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
+    saved(pruned(again, tiny_data, half | {"shapes": "free"}), tmp_path / "twice")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    assert loaded.num_parameters() < again.num_parameters() + 1
+    with pytest.raises(ValueError, match=r"already quantized in a different format \(cur\)"):
+        pruned(loaded, tiny_data, half)
+    loaded.save_pretrained(tmp_path / "thrice")  # as before that
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "thrice")
+    assert torch.equal(logits(back), logits(loaded))
+
+
 def test_without_data_nothing_is_removed(llama: Any) -> None:
     with pytest.raises(ValueError, match=r"no calibration data.*dataset="):
         oneshot(model=llama, recipe=stages({}), processor=NO_PROCESSOR)

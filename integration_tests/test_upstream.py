@@ -56,7 +56,7 @@ def test_sparsity_block() -> None:
 
 def test_save_pretrained_is_wrapped_before_the_stage(tiny: Any, compress: Compress) -> None:
     compress(tiny, CUR)
-    assert tiny.save_pretrained._cur_files
+    assert tiny.save_pretrained.brought
     # llm-compressor's own wrapper lies below ours and must not be applied again above it
     assert tiny.save_pretrained._overridden
 
@@ -70,7 +70,7 @@ def test_a_recipe_of_two_stages_is_kept_whole(tiny: Any, tiny_data: Dataset) -> 
     }
     recipe = yaml.safe_dump(stages, sort_keys=False)
     oneshot(model=tiny, dataset=tiny_data, processor=NO_PROCESSOR, recipe=recipe)
-    files = save._numbered(tiny.save_pretrained._cur_files)
+    files = save._numbered(tiny.save_pretrained.brought)
     kept = yaml.safe_load(files["recipe_as_given.yaml"])
     [groups] = kept.values()
     assert [group["CURModifier"]["targets"] for group in groups.values()] == [

@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import update_wrapper
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -144,22 +144,47 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
             second stage brings others of the same name, those are numbered.
     """
     inner: Any = model.save_pretrained
-    brought = getattr(inner, "_cur_files", None)
-    if brought is not None:
-        brought.append(files or {})
+    if isinstance(inner, _SaveWhole):
+        inner.brought.append(files or {})
         return
-    brought = [files or {}]
-    by_compressor = getattr(inner, "_overridden", False)  # llm-compressor packs what it saves
+    model.save_pretrained = _SaveWhole(model, inner, files or {})  # type: ignore[assignment]
 
-    @wraps(inner)
-    def save_pretrained(save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+
+class _SaveWhole:
+    """The ``save_pretrained`` of a factored or resized model.
+
+    Attributes:
+        brought: text files to put beside the weights.
+    """
+
+    def __init__(self, model: nn.Module, inner: Any, files: Mapping[str, str]) -> None:
+        update_wrapper(self, inner)
+        self._model = model
+        self._inner = inner
+        self._packs = bool(getattr(inner, "_overridden", False))  # as llm-compressor's does
+        self.brought = [files]
+
+    @property
+    def _overridden(self) -> bool:
+        """What llm-compressor asks before it wraps a ``save_pretrained``.
+
+        Around ours it would write its own config.json over what we say in ours, so it is put
+        inside.
+        """
+        if not self._packs:
+            self._inner, self._packs = _compressing(self._model, self._inner), True
+        return True
+
+    def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As transformers' or llm-compressor's, all or nothing."""
         if kwargs.pop("push_to_hub", False):
             raise ValueError(
                 "push_to_hub=True would upload the files before they are complete. Save to a "
                 "directory, then run `hf upload <repository> <directory>`."
             )
+        model = self._model
         schema = schema_of(model)
-        if not by_compressor:
+        if not self._packs:
             _pack(model)
         target = Path(save_directory).resolve()
         if target.is_file():
@@ -170,10 +195,10 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
             shutil.rmtree(partial)
         try:
             with _without_own_code(model):
-                inner(str(partial), **kwargs)
+                self._inner(str(partial), **kwargs)
             if source:
                 annotate(partial, schema, _plain_class(model), resized_fields(model))
-                for name, text in _numbered(brought).items():
+                for name, text in _numbered(self.brought).items():
                     (partial / name).write_text(text)
         except BaseException:
             if source:
@@ -188,8 +213,19 @@ def wrap_save_pretrained(model: nn.Module, files: Mapping[str, str] | None = Non
                     f"is not there is in {partial}: move it from there before you save again."
                 ) from error
 
-    save_pretrained._cur_files = brought  # type: ignore[attr-defined]
-    model.save_pretrained = save_pretrained  # type: ignore[assignment]
+
+def _compressing(model: Any, inner: Any) -> Any:
+    """``inner`` as llm-compressor wraps it."""
+    from llmcompressor.transformers.compression.compressed_tensors_utils import (
+        modify_save_pretrained,
+    )
+
+    ours, model.save_pretrained = model.save_pretrained, inner
+    try:
+        modify_save_pretrained(model)
+        return model.save_pretrained
+    finally:
+        model.save_pretrained = ours
 
 
 def _numbered(brought: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -50,7 +50,7 @@ def test_a_refused_stage_changes_nothing(
     with pytest.raises(ValueError, match="Raise the budget"):
         refused.on_initialize(state)
     assert model.model.layers[0].mlp.down_proj.in_features == 24
-    assert not hasattr(model.save_pretrained, "_cur_files")
+    assert not hasattr(model.save_pretrained, "brought")
     refused.on_finalize(state)
 
 
