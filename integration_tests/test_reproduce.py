@@ -104,7 +104,7 @@ def test_encoders_are_pruned_by_every_method(task_models: Path, tmp_path: Path) 
         assert 0.3 < row["MACs left"] <= 0.5 and 0 <= row["score"] <= 1
         assert row["metric"] == "accuracy" and row["examples"] == 30
     results = (out / "RESULTS.md").read_text()
-    assert re.search(r"less than 1 % of accuracy, (\*\*holds|does \*\*not).* for ours: ", results)
+    assert re.search(r"less than 1 % of accuracy, (\*\*holds|does \*\*not).* for ours\. ", results)
     assert "At 0.5 ours is ahead of the best of the others by " in results
     assert "-P tasks=sst2" in results and "-P models=MODELS" in results
     assert (out / "stat.png").exists()

@@ -115,16 +115,16 @@ def _findings(rows: Sequence[Row]) -> list[str]:
             else ""
         )
     )
-    budgets = sorted({row["MACs"] for row in rows} - {1.0})
+    budgets = sorted({row["MACs"] for row in rows} - {1.0}, reverse=True)
     if 0.5 in budgets:
         for method in (OURS, PLAIN):
             lost = {task: dense[task] - score[task, method, 0.5] for task in tasks}
             kept = [task for task in tasks if lost[task] < CLAIM]
             found.append(
                 "STAT's claim, half of the multiply-accumulates for less than 1 % of accuracy, "
-                f"{_verdict(len(kept), len(tasks))} for {method}: it loses "
+                f"{_verdict(len(kept), len(tasks))} for {method}. Points lost: "
                 + ", ".join(f"{lost[task]:.1f} on {task}" for task in tasks)
-                + " points."
+                + "."
             )
         near = sum(dense[task] - score[task, OURS, 0.5] <= NEAR for task in tasks)
         found.append(f"Within {NEAR} points of dense at 0.5: ours on {near} of {len(tasks)} tasks.")

@@ -59,8 +59,8 @@ def test_stages_are_settings_of_ours() -> None:
 
 def test_the_claim_is_judged() -> None:
     holds = said(**{OURS: 0.4, PLAIN: 3.0})
-    assert f"**holds** on all 2 tasks for {OURS}: it loses 0.4 on sst2, 0.4 on mrpc" in holds
-    assert f"does **not** hold on 2 of 2 tasks for {PLAIN}: it loses 3.0 on sst2" in holds
+    assert f"**holds** on all 2 tasks for {OURS}. Points lost: 0.4 on sst2, 0.4 on mrpc." in holds
+    assert f"does **not** hold on 2 of 2 tasks for {PLAIN}. Points lost: 3.0 on sst2" in holds
     assert "Within 1.5 points of dense at 0.5: ours on 2 of 2 tasks." in holds
     assert "does **not** hold on 2 of 2 tasks for ours" in said(**{OURS: 1.2})
 
