@@ -9,6 +9,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements are kept for one test alone: a later one may replace what is measured."""
+    monkeypatch.setenv("CUR_MODIFIER_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def model(small_llama: Callable[..., Any]) -> Any:
     return small_llama(0, num_hidden_layers=3)
