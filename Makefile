@@ -81,7 +81,7 @@ bench-quality: $(COMPRESS_READY) ## measure perplexity at a given size, ours and
 		$(if $(RATIOS),--ratios '$(RATIOS)') $(if $(CALIB),--calibrations '$(CALIB)') \
 		$(if $(DATA),--data '$(DATA)')
 
-bench-stacking: $(COMPRESS_READY) ## bytes on disk against perplexity: GPTQ alone, and factored + GPTQ (DATA=)
+bench-stacking: $(COMPRESS_READY) ## bytes on disk against perplexity: GPTQ alone, and behind factors or removal (DATA=)
 	$(COMPRESS)/bin/python mlflow_projects/bench/stacking.py $(if $(DATA),--data '$(DATA)')
 
 bench-serving: $(COMPRESS_READY) $(SERVE_READY) ## speed through vLLM, factored and quantized beside dense (MODELS=, VARIANTS=)
