@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from support import refusal
 
-from mlflow_projects.reproduce import convolution, convolution_shown, networks
+from mlflow_projects.reproduce import __main__ as reproduce
+from mlflow_projects.reproduce import convolution, networks
+
+NAME = ("convolution",)
 
 
 @pytest.fixture
@@ -25,14 +28,13 @@ def given(tmp_path: Path) -> dict[str, Any]:
 
 
 def run(given: dict[str, Any]) -> None:
-    convolution.main([part for k, v in given.items() for part in (f"--{k}", str(v))])
+    reproduce.main(["convolution", *(f"--{key}={value}" for key, value in given.items())])
 
 
 def test_rows_a_figure_and_a_verdict(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (convolution, convolution_shown):
-        monkeypatch.setattr(module, "KEPT", (0.5, 0.25))
+    given["budgets"] = "0.5,0.25"
     small = networks.NETWORKS["VGG"]._replace(
         build=lambda: networks.SmallVGG(networks.SmallVGGConfig((8, 0, 12, 16, 0), num_labels=10))
     )
@@ -56,7 +58,7 @@ def test_rows_a_figure_and_a_verdict(
     run(given)  # again: nothing is trained or measured
     assert "==" not in capsys.readouterr().out
     assert (out / "VGG-1-0" / "model.safetensors").stat().st_mtime_ns == trained
-    message = refusal(convolution, given | {"samples": 8}, capsys)
+    message = refusal(reproduce, given | {"samples": 8}, capsys, NAME)
     assert "measured with another samples" in message
 
 
@@ -74,5 +76,5 @@ def test_bad_input_is_named_before_the_slow_part(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert message in refusal(convolution, given | change, capsys)
+    assert message in refusal(reproduce, given | change, capsys, NAME)
     assert not given["output"].exists()

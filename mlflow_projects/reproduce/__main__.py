@@ -7,9 +7,11 @@ Experiments: curing (2, 5 and 10 layers, no healing), selection (which rows and 
 against perplexity), domains (calibrate on each text, evaluate on all), weights (singular values and
 maps of the weights), stat (encoders on tasks of GLUE, pruned to shares of their
 multiply-accumulates, beside published methods), pruning (neurons and heads of a decoder against row
-IDs and CUR, also in 4 bits). DATA holds wikitext2-raw/wiki.valid.raw and wiki.test.raw and
+IDs and CUR, also in 4 bits), convolution (channels of two small networks that it trains on
+CIFAR-10). DATA holds wikitext2-raw/wiki.valid.raw and wiki.test.raw and
 c4/c4_en_train_first1000.jsonl; for stat it is the folder of task data, and MODELS holds the dense
-checkpoint of each task in a folder of its name, as mlflow_projects/finetune makes it. Rows are kept
+checkpoint of each task in a folder of its name, as mlflow_projects/finetune makes it; for
+convolution DATA holds the images of cifar10. Rows are kept
 in OUTPUT as they finish: a stopped experiment continues. OUTPUT/RESULTS.md has a section an
 experiment.
 """
@@ -69,6 +71,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=count, default=24, help="windows to evaluate on")
     parser.add_argument("--sequence-length", type=count, default=1024, help="tokens of each")
     parser.add_argument("--layers", type=count, default=10, help="that CUR takes, as published")
+    parser.add_argument("--epochs", type=count, default=60, help="convolution: of training")
     parser.add_argument("--seed", type=whole, default=0)
     options = parser.parse_args(arguments)
     check_output(parser, options.output, PROJECT)

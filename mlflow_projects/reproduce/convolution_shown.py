@@ -58,19 +58,23 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for network in _networks(rows):
         own = [row for row in rows if row["network"] == network]
         dense = next(row["accuracy"] for row in own if row["method"] == "dense")
+        shares = sorted({row["MACs asked"] for row in own if row["method"] != "dense"})
+        told = dict.fromkeys((min(shares, key=lambda kept: abs(kept - 0.5)), shares[0]))
         scores = {
             (m, kept): _accuracy(own, m, kept)
             for m in (OURS, PUBLISHED, UNCORRECTED)
-            for kept in KEPT
+            for kept in shares
         }
-        largest = {kept: max(_accuracy(own, m, kept) for m in MAGNITUDES) for kept in KEPT}
+        largest = {kept: max(_accuracy(own, m, kept) for m in MAGNITUDES) for kept in shares}
         scores |= {(_BEST, kept): score for kept, score in largest.items()}
-        reach = {m: _reach(dense, {kept: scores[m, kept] for kept in KEPT}) for m in _TOLD}
+        reach = {m: _reach(dense, {kept: scores[m, kept] for kept in shares}) for m in _TOLD}
         found += [
-            f"{network}: {dense:.1%} dense; at half of the multiply-accumulates "
-            + ", ".join(f"{scores[m, 0.5]:.1%} by {m}" for m in _TOLD)
-            + "; at a quarter "
-            + ", ".join(f"{scores[m, 0.25]:.1%}" for m in _TOLD)
+            f"{network}: {dense:.1%} dense"
+            + "".join(
+                f"; at {kept:g} of the multiply-accumulates "
+                + ", ".join(f"{scores[m, kept]:.1%} by {m}" for m in _TOLD)
+                for kept in told
+            )
             + ".",
             f"{network}: within {WITHIN * 100:g} points of the dense accuracy stay "
             + ", ".join(f"{m} {reach[m]}" for m in _TOLD)
@@ -79,10 +83,10 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         holds.append(
             any(
                 dense - scores[PUBLISHED, kept] <= WITHIN < LOST < dense - largest[kept]
-                for kept in KEPT
+                for kept in shares
             )
         )
-        worse.append(scores[UNCORRECTED, max(KEPT)] < largest[max(KEPT)])
+        worse.append(scores[UNCORRECTED, shares[-1]] < largest[shares[-1]])
     if all(worse):
         found.append(
             "Ours chooses channels that the others can stand for: without the correction they do "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlflow_projects.reproduce import draw, pruning, stat
+from mlflow_projects.reproduce import convolution, draw, pruning, stat
 from mlflow_projects.reproduce.cases import Case, Experiment, Row, Settings
 from mlflow_projects.reproduce.domains import NAMES as DOMAINS
 from mlflow_projects.reproduce.perplexities import Perplexities
@@ -206,4 +206,5 @@ EXPERIMENTS = {
     ),
     "stat": stat.EXPERIMENT,
     "pruning": pruning.EXPERIMENT,
+    "convolution": convolution.EXPERIMENT,
 }

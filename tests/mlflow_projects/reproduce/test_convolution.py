@@ -38,7 +38,7 @@ def test_every_method_removes_every_share_of_both_networks() -> None:
 def test_the_verdict_is_of_the_rows(published: float, magnitude: float, holds: bool) -> None:
     *sentences, verdict = findings(rows(published, magnitude))
     assert ("holds on" in verdict) == holds and ("does **not** hold" in verdict) == (not holds)
-    assert sentences[0].startswith("VGG: 60.0% dense; at half of the multiply-accumulates 50.0%")
+    assert sentences[0].startswith("VGG: 60.0% dense; at 0.5 of the multiply-accumulates 50.0%")
     reach = f"down to {min(KEPT):g}" if published > 0.58 else "nowhere"
     assert sentences[1].startswith(
         "VGG: within 2 points of the dense accuracy stay ID (ours) nowhere"
