@@ -53,6 +53,7 @@ def test_rows_a_figure_and_a_verdict(
     assert "-e convolution " in section and "-P epochs=1" in section
     [finished] = mlflow.search_runs(output_format="list")
     assert finished.info.status == "FINISHED"
+    assert {*finished.data.metrics} == {"VGG/accuracy", "macs_kept"}
     capsys.readouterr()
     trained = (out / "VGG-1-0" / "model.safetensors").stat().st_mtime_ns
     run(given)  # again: nothing is trained or measured
