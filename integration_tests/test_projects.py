@@ -217,6 +217,7 @@ def test_what_is_logged_is_what_the_table_says(
     optional |= {name for name in named if name.startswith("MODEL/")}  # of bench/serving
     # Of the experiment with convolutions, whose own test looks for them.
     optional |= {name for name in named if name.startswith("NETWORK/")} | {"macs_kept"}
+    optional |= {"channels_before", "channels_after"}  # of models of images
     assert named - metrics <= optional
     others = {name for name in metrics - named if not name.startswith("baseline/")}
     assert {name.replace("acc_norm", "acc") for name in others} <= named
