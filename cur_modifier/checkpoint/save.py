@@ -105,7 +105,7 @@ def annotate(
         if section.get("quant_method") == QUANT_METHOD
         else section
     )
-    if not (schema.modules or schema.resized or schema.attributes):
+    if not (schema.modules or schema.has_own_sizes):
         _make_ordinary(path, config, inner)
         return
     files = {file.name: checksum(file) for file in sorted(directory.glob("*.safetensors"))}

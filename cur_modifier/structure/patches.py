@@ -6,16 +6,19 @@ A token, or a position of an image, is a row. With :func:`~.operators.matrix_of`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from math import prod
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cur_modifier.structure.operators import is_convolution
 from cur_modifier.structure.readers import recorded
 
 __all__ = ["POSITIONS", "count_positions", "rows_answered", "rows_read"]
+
+_MULTIPLYING = (nn.Linear, Conv1D, nn.Conv2d)
 
 POSITIONS = 256
 """Positions of an image whose patches are looked at: neighbours overlap, and tell little new."""
@@ -56,14 +59,10 @@ def rows_answered(module: nn.Module, out: torch.Tensor) -> torch.Tensor:
     return out.movedim(1, -1) if isinstance(module, nn.Conv2d) else out
 
 
-def count_positions(
-    model: nn.Module, modules: Mapping[str, nn.Module], run: Callable[[], None]
-) -> dict[str, int]:
-    """How many rows each of the modules answers in a forward pass, all its calls together.
-
-    Args:
-        modules: by their names in ``model``. Of those that do not run there is no entry.
-    """
+def count_positions(model: nn.Module, run: Callable[[], None]) -> dict[str, int]:
+    """How many rows each Linear, ``Conv1D`` and convolution of images answers in a forward pass, by
+    name, all its calls together. Of those that do not run there is no entry."""
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, _MULTIPLYING)}
     with recorded(model, list(modules)) as calls:
         run()
     found = {}

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from cur_modifier.rows import Row, put_row, read_rows, refuse_others
-from mlflow_projects.bench.quality.methods import BUDGET, ID, PRUNE_FREE
+from mlflow_projects.bench.quality.methods import BUDGET, ID, PRUNE_FREE, gptq
 from mlflow_projects.bench.quality.protocol import DATA, WIKI_TEST, WIKI_VALID, model_directory
 from mlflow_projects.figures import BLUE, PALETTE, label_within_decades, put_figure
 
@@ -73,17 +73,9 @@ class Point:
                 "mlflow": False,
             }
             stage["cur_modifiers"] = {"CURModifier": cur}
-        if self.bits is not None:
-            weights = {
-                "num_bits": self.bits,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": self.group_size,
-            }
-            groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-            gptq = {"ignore": ["lm_head"], "config_groups": groups}
-            stage["quantization_modifiers"] = {"GPTQModifier": gptq}
+        if self.bits is not None and self.group_size is not None:
+            fields = gptq(self.bits, self.group_size)
+            stage["quantization_modifiers"] = {"GPTQModifier": fields}
         return {"compress_stage": stage}
 
 

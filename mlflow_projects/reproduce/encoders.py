@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mlflow_projects.bench.quality.methods import recipe_of
 from mlflow_projects.reproduce.cases import Row
-from mlflow_projects.reproduce.perplexities import recipe
 
 __all__ = ["PADDED", "TOKENS", "Encoders", "Pruned", "padded"]
 
@@ -143,7 +143,7 @@ class Encoders:
         oneshot(
             model=model,
             dataset=data,
-            recipe=yaml.safe_dump(recipe(stages), sort_keys=False),
+            recipe=yaml.safe_dump(recipe_of(stages), sort_keys=False),
             processor=self._tokenizers[case.task],
             num_calibration_samples=len(data),
         )

@@ -234,10 +234,8 @@ def positions(model: Any, image: torch.Tensor) -> dict[str, int]:
     from cur_modifier.passes.context import trial
     from cur_modifier.structure.patches import count_positions
 
-    multiplying = (nn.Linear, nn.Conv2d)
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, multiplying)}
     with trial(model, {"pixel_values": image}) as run:
-        return count_positions(model, modules, run)
+        return count_positions(model, run)
 
 
 def macs(model: Any, image: torch.Tensor, below: tuple[str, ...] = ("",)) -> int:

@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from mlflow_projects.bench.quality.methods import recipe_of
 from mlflow_projects.reproduce import domains
-from mlflow_projects.reproduce.cases import Case, Row, Settings
+from mlflow_projects.reproduce.cases import Case, Row
 
 __all__ = ["Perplexities"]
 
@@ -102,18 +103,9 @@ class Perplexities:
         oneshot(
             model=model,
             dataset=windows_dataset(ids),
-            recipe=yaml.safe_dump(recipe(case.stages), sort_keys=False),
+            recipe=yaml.safe_dump(recipe_of(case.stages), sort_keys=False),
             num_calibration_samples=len(ids),
         )
-
-
-def recipe(stages: Settings) -> dict[str, Any]:
-    """A recipe of modifiers by class name, one after another; ours log nothing to MLflow."""
-    groups = {}
-    for name, fields in stages.items():
-        quiet = {} if name == "GPTQModifier" else {"mlflow": False}
-        groups[f"{name}_modifiers"] = {name: fields | quiet}
-    return {"compress_stage": groups}
 
 
 def _layers(case: Case) -> int:

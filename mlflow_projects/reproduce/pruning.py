@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlflow_projects.bench.quality.methods import BUDGET, CUR, HEALING, ID
+from mlflow_projects.bench.quality.methods import BUDGET, CUR, HEALING, ID, gptq
 from mlflow_projects.reproduce import draw
 from mlflow_projects.reproduce.cases import Case, Experiment, Row, Settings
 from mlflow_projects.reproduce.perplexities import Perplexities
@@ -58,15 +58,7 @@ def _quantized(stages: Settings) -> Settings:
     group = FACTORED_GROUP if "CURModifier" in stages else GROUP
     if "CURModifier" in stages:
         stages = stages | {"CURModifier": stages["CURModifier"] | {"multiple_of": FACTORED_GROUP}}
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": group,
-    }
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    return stages | {"GPTQModifier": {"ignore": ["lm_head"], "config_groups": groups}}
+    return stages | {"GPTQModifier": gptq(4, group)}
 
 
 def _findings(rows: Sequence[Row]) -> list[str]:

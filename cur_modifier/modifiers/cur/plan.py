@@ -24,7 +24,7 @@ from cur_modifier.modifiers.cur.followers import check_followers
 from cur_modifier.modifiers.cur.ranks import expected_growth, with_budget, with_ranks
 from cur_modifier.modifiers.cur.settings import CURSettings
 from cur_modifier.passes.context import trial
-from cur_modifier.passes.samples import collect_samples
+from cur_modifier.passes.samples import collect_samples, main_input
 from cur_modifier.passes.sensitivity import Sensitivity, load_or_measure
 from cur_modifier.passes.survey import survey
 from cur_modifier.structure.layers import decoder_layers
@@ -188,7 +188,7 @@ def _measure(
         {c.name: list(c.members.values()) for c in candidates},
         draft.layers,
         samples,
-        samples=config.count([sample["input_ids"].numel() for sample in samples]),
+        samples=config.count([main_input(sample).numel() for sample in samples]),
         seed=draft.settings.seed,
         cache=Path(config.cache) if config.cache else None,
     )

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from cur_modifier.linalg import damped, growth_by_count, shrunk
 from cur_modifier.modifiers.prune.budget import Costs, by_sensitivity, costs_of, evenly
@@ -164,10 +163,8 @@ def put_counts(model: Any, plan: Plan) -> None:
 
 
 def _positions(model: nn.Module, image: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    multiplying = (nn.Linear, Conv1D, nn.Conv2d)
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, multiplying)}
     with trial(model, image) as run:
-        return count_positions(model, modules, run)
+        return count_positions(model, run)
 
 
 def _counts(plan: Plan, growth: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -5,7 +5,7 @@ To add one, add a line to ``METHODS``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlflow_projects.bench.quality.calibration import Calibration
 
-__all__ = ["METHODS", "Method", "by_function", "by_matrix", "by_recipe"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "by_function",
+    "by_matrix",
+    "by_recipe",
+    "gptq",
+    "recipe_of",
+]
 
 
 Compress = Callable[[Any, "Calibration", "float | None"], float]
@@ -91,16 +99,38 @@ def _measured(model: Any, calibration: Calibration, **stages: dict[str, Any]) ->
     from cur_modifier.modifiers.report import parameter_count
     from mlflow_projects.bench.quality.calibration import projections
 
-    recipe = {f"{name}_modifiers": {name: {"mlflow": False} | s} for name, s in stages.items()}
     before = sum(p.numel() for m in projections(model).values() for p in m.parameters())
     whole = parameter_count(model)
     oneshot(
         model=model,
         dataset=windows_dataset(calibration.windows),
-        recipe=yaml.safe_dump({"compress_stage": recipe}, sort_keys=False),
+        recipe=yaml.safe_dump(recipe_of(stages), sort_keys=False),
     )
     # By difference, so that factors count wherever in the model a stage puts them.
     return 1 - (whole - parameter_count(model)) / before
+
+
+def recipe_of(stages: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """A recipe of modifiers by class name, one after another; ours log nothing to MLflow."""
+    groups = {}
+    for name, fields in stages.items():
+        quiet = {} if name == "GPTQModifier" else {"mlflow": False}
+        groups[f"{name}_modifiers"] = {name: fields | quiet}
+    return {"compress_stage": groups}
+
+
+def gptq(bits: int, group_size: int) -> dict[str, Any]:
+    """Fields of a ``GPTQModifier`` that rounds all Linears but the last to ``bits``, symmetrically,
+    with a scale for every ``group_size`` inputs."""
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": group_size,
+    }
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"ignore": ["lm_head"], "config_groups": groups}
 
 
 def by_pruning(

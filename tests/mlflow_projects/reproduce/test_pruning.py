@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlflow_projects.reproduce.perplexities import recipe
+from mlflow_projects.bench.quality.methods import recipe_of
 from mlflow_projects.reproduce.pruning import EXPERIMENT, RATIOS
 
 OPTIONS = argparse.Namespace(budgets=[], layers=10, seed=0)
@@ -27,7 +27,7 @@ def test_recipes_are_ones_that_the_stages_take() -> None:
         for name, module in (("IDPruningModifier", "prune"), ("CURModifier", "cur"))
     }
     for case in EXPERIMENT.cases(OPTIONS):
-        stage = recipe(case.stages)["compress_stage"]
+        stage = recipe_of(case.stages)["compress_stage"]
         assert list(stage) == [f"{name}_modifiers" for name in case.stages]
         for group in stage.values():
             for name, fields in group.items():

@@ -74,17 +74,8 @@ def test_outputs_are_what_norms_read(encoder: Any, batches: Any) -> None:
         torch.testing.assert_close(found[each.consumer], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_norms_in_front_are_refused(batches: Any) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+def test_norms_in_front_are_refused(small_llama: Any, batches: Any) -> None:
+    model = small_llama(0, num_hidden_layers=2)
     units, _ = sublayers(model, 16)
     with pytest.raises(ValueError, match="no module reads its output with the residual added"):
         outputs_of(model, units, batches)

@@ -326,10 +326,9 @@ def network(request: pytest.FixtureRequest, small_resnet: Callable[..., Any]) ->
 
 def channels_of(model: Any) -> tuple[list[Units], dict[str, int]]:
     image = {"pixel_values": torch.randn(1, 3, 16, 16)}
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     layers = [name for name, _ in convolution_blocks(model)]
     with trial(model, image) as run:
-        return find_units(model, layers, ["channels"], run), count_positions(model, modules, run)
+        return find_units(model, layers, ["channels"], run), count_positions(model, run)
 
 
 def macs_of_images(model: Any, layers: set[str]) -> int:
